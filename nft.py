@@ -1,0 +1,820 @@
+"""DiffusionNFT in one file: online reinforcement learning of diffusion on the forward process.
+
+Paper: "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXiv 2509.16117; the
+equation numbers below are its. Sample images with any solver, score them, and fine-tune with a
+supervised loss that contrasts an implicit positive and an implicit negative policy: no likelihoods,
+no trajectories, no second model, no guidance.
+
+    python nft.py                                       # a tiny pipeline, on a CPU, in minutes
+    python nft.py --model sd15 --reward aesthetic       # Stable Diffusion 1.5, LAION aesthetics
+    python nft.py --model DIR --reward my.py:reward --prompts my.txt
+
+    symbol    here           meaning
+    x_0       x_0            a clean sample: the pipeline's final latents
+    x_t       x_t            alpha_t x_0 + sigma_t eps, with eps ~ N(0, I): the forward process
+    v_theta   out_theta      the trained denoiser's output (velocity, eps or v); x0_theta as sample
+    v_old     out_old        the sampling policy, which follows theta slowly; x0_old as sample
+    v_ref     out_ref        the model before training (adapter off)
+    r_raw, r  raw, r         the reward, and the optimality in [0, 1] that it is normalised to
+    beta      beta           how far the implicit policies lie from v_old, Eq. (5)
+    eta_i     eta            share of theta_old that stays after iteration i, Algorithm 1 line 14
+    Z_c, K    z, group_size  Z_c = z * std of the rewards; K images a prompt
+
+Departures from the paper are marked "Departs from" at their lines and listed in the README.
+SPDX-License-Identifier: MIT
+"""
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import random
+import re
+import signal
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+# ---- Config: one typed field a flag --------------------------------------------------------------
+def flag(default, help, low=None):
+    """A field of Config and a command-line flag; a number is >= low, or > 0 for low = ">0"."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting. A preset (--model) replaces defaults; a flag always wins."""
+    model: str = flag("tiny", "preset (tiny, tiny-sd3, sd15, sd3), pipeline directory or hub id")
+    reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W or FILE.py:FUNCTION; aesthetic, jpeg")
+    watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
+    prompts: str = flag("examples/animals.txt", ".txt (one a line) or .jsonl (`prompt`, metadata)")
+    eval_prompts: str = flag("", "held-out prompts; empty: the last tenth of --prompts, at most 64")
+    out: str = flag("", "run directory; empty: a new one under runs/")
+    resume: bool = flag(False, "go on with the run in --out")
+    iterations: int = flag(100, "iterations i of Algorithm 1", 1)
+    groups: int = flag(16, "prompts an iteration", 1)
+    group_size: int = flag(12, "images a prompt, K", 1)
+    batch_size: int = flag(4, "images in one forward pass; memory and speed only", 1)
+    updates: int = flag(1, "optimizer steps an iteration, which share its images", 1)
+    train_times: int = flag(2, "noise levels t an image, among the sampler's own", 1)
+    lr: float = flag(3e-4, "learning rate of AdamW", ">0")
+    warmup: int = flag(10, "optimizer steps over which the learning rate rises", 0)
+    beta: float = flag(1.0, "beta of Eq. (5): smaller is faster and less stable", ">0")
+    kl: float = flag(1e-4, "weight of the squared distance to the base model's output", 0)
+    eta: str = flag("0,0.001,0.5", "soft update eta_i: a constant, or START,SLOPE,MAX")
+    z: float = flag(5.0, "Z_c = z * std of the iteration's rewards: smaller spreads r more", ">0")
+    rank: int = flag(32, "LoRA rank; alpha is twice the rank", 1)
+    solver: str = flag("", "scheduler class of diffusers; empty: the pipeline's own")
+    steps: int = flag(10, "sampling steps", 1)
+    guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", 1)
+    resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", 0)
+    max_sequence_length: int = flag(0, "text tokens, where a pipeline takes it; 0: its own", 0)
+    precision: str = flag("auto", "auto, fp32, bf16 or fp16: the frozen base; LoRA is fp32")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
+    seed: int = flag(0, "fixes prompts, noise and the adapter's start")
+    eval_every: int = flag(10, "iterations between evaluations; the first is before training", 1)
+    save_every: int = flag(10, "iterations between checkpoints", 1)
+
+
+TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.txt",
+            eval_prompts="examples/shapes_heldout.txt", iterations=60, batch_size=64, updates=4,
+            lr=2e-3, eval_every=20, beta=0.5, kl=0.1)
+PRESETS = {                                     # rows of defaults: no code depends on a name
+    "tiny": dict(TINY, path="examples/tiny-sd15", solver="DPMSolverMultistepScheduler"),
+    "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2),
+    "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5",
+                 solver="DPMSolverMultistepScheduler"),
+    "sd3": dict(path="stabilityai/stable-diffusion-3.5-medium", resolution=512),
+}
+
+
+class UserError(Exception):
+    """A bad flag or input: exit status 2, one line with the value, the rule and the mend."""
+
+
+def refuse(message):
+    """Raise UserError."""
+    raise UserError(message)
+
+
+class RunError(Exception):
+    """A failure at run time: exit status 1, one line; what was trained so far is saved."""
+
+
+# ---- The method: pure functions of tensors and scalars -------------------------------------------
+def alpha_sigma(t, alphas_cumprod=None):
+    """Coefficients of the forward process x_t = alpha_t x_0 + sigma_t eps (section 2).
+
+    Rectified flow (alphas_cumprod None): t in [0, 1], alpha = 1 - t, sigma = t. Variance-preserving
+    otherwise: t in [0, T - 1] indexes alphas_cumprod (T,) = alpha^2, fractions are interpolated.
+    Returns (alpha_t, sigma_t), both shaped like t.
+    """
+    if alphas_cumprod is None:
+        return 1 - t, t
+    low = t.long().clamp(0, len(alphas_cumprod) - 1)
+    high = (low + 1).clamp(max=len(alphas_cumprod) - 1)
+    alpha_squared = torch.lerp(alphas_cumprod[low], alphas_cumprod[high], t - low)
+    return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+
+
+def predict_x0(x_t, out, alpha_t, sigma_t, prediction):
+    """The clean sample that a denoiser's output stands for, and its slope |d x_0 / d out|.
+
+    x_t, out: (B, ...); alpha_t, sigma_t: broadcastable to them. prediction, as diffusers names it:
+    "flow_prediction" (v = eps - x_0), "epsilon", "v_prediction" (v = alpha eps - sigma x_0). x_0 is
+    affine in out with coefficients of (x_t, t) alone: mixing outputs mixes clean samples.
+    """
+    if prediction == "flow_prediction":
+        return x_t - sigma_t * out, sigma_t
+    if prediction == "epsilon":
+        return (x_t - sigma_t * out) / alpha_t, sigma_t / alpha_t
+    return alpha_t * x_t - sigma_t * out, sigma_t
+
+
+def optimality_reward(raw, groups, z=5.0):
+    """r = 1/2 + 1/2 clip[(r_raw - mean of its group) / Z_c, -1, 1], the optimality (section 3.1).
+
+    raw: (B,) rewards, finite, of any unit. groups: (B,) integers, equal for images of one prompt.
+    Z_c = z * (population std of all B rewards + 1e-4), as in the released code: with z = 5, a
+    reward one std above its group's mean gets r = 0.6, so r stays near 1/2, hardly ever clipped.
+    Returns r (B,), float32, in [0, 1]. Raises ValueError for a reward that is not finite.
+    """
+    raw = torch.as_tensor(raw).float()
+    if not torch.isfinite(raw).all():
+        raise ValueError("a reward is not finite")
+    _, index = torch.unique(torch.as_tensor(groups, device=raw.device), return_inverse=True)
+    count = torch.bincount(index)
+    mean = torch.zeros_like(count, dtype=raw.dtype).index_add(0, index, raw) / count
+    Z_c = z * (raw.std(correction=0) + 1e-4)
+    return 0.5 + 0.5 * ((raw - mean[index]) / Z_c).clamp(-1, 1)
+
+
+def adaptive_loss(x0_hat, x_0):
+    """||x0_hat - x_0||^2 / sg(mean |x0_hat - x_0|), section 3.3: (B, ...), (B, ...) -> (B,)."""
+    error = (x0_hat - x_0).flatten(1)
+    return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
+
+
+def nft_loss(x0_theta, x0_old, x0, r, beta, distance=adaptive_loss):
+    """The DiffusionNFT loss of each sample, Eq. (5), in the space of clean samples: (B,).
+
+    x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and by the old
+    policy, the latter without gradient. x0: (B, ...), the sampled x_0. r: (B,) in [0, 1]. beta > 0.
+    distance: (B, ...), (B, ...) -> (B,). No schedule enters: x_0 is affine in v (predict_x0).
+    """
+    x0_positive = (1 - beta) * x0_old + beta * x0_theta     # implicit positive policy, v_theta^+
+    x0_negative = (1 + beta) * x0_old - beta * x0_theta     # implicit negative policy, v_theta^-
+    loss = r * distance(x0_positive, x0) + (1 - r) * distance(x0_negative, x0)      # Eq. (5)
+    # Departs from Eq. (5): over beta, as in the released code, so that beta moves the optimum
+    # v_old + (2 / beta) Delta of Eq. (6) and not the size of the gradient.
+    return loss / beta
+
+
+def soft_update_decay(i, schedule="0,0.001,0.5"):
+    """eta_i of theta_old <- eta_i theta_old + (1 - eta_i) theta, Algorithm 1 line 14.
+
+    i: the iteration just completed, counted from 1. schedule: a constant, or "START,SLOPE,MAX" for
+    min(max(SLOPE (i - START), 0), MAX): the paper's default is 0,0.001,0.5, its OCR run
+    75,0.0075,0.999. Returns a float in [0, 1]; raises ValueError where that cannot be.
+    """
+    numbers = [float(x) for x in str(schedule).split(",")]
+    start, slope, top = numbers if len(numbers) == 3 else (-math.inf, 1.0, *numbers)
+    if not (0 <= top <= 1 and slope >= 0):
+        raise ValueError(f"eta {schedule}: must lie in [0, 1] and not fall")
+    return min(max(slope * (i - start), 0.0), top)
+
+
+# ---- The denoiser and its LoRA: theta, old, EMA and reference share one frozen base --------------
+# Attention projections, by the names of their roles in every UNet and transformer of diffusers.
+TARGETS = re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$")
+
+
+class LoRA:
+    """Adapter sets "theta", "old" and "ema" on the attention projections of `net`, by hooks.
+
+    `active` names the set in use; None is the base model, v_ref. A set is a list of fp32 tensors
+    [A (rank, in), B (out, rank), A, B, ...]; a layer computes W x + 2 B A x (alpha = 2 rank).
+    """
+
+    def __init__(self, net, rank, seed):
+        net.requires_grad_(False)
+        self.names = [name for name, layer in net.named_modules()
+                      if isinstance(layer, torch.nn.Linear) and TARGETS.search(name)]
+        if not self.names:
+            refuse(f"--model: {type(net).__name__} has no attention projections; take another one")
+        noise, start, self.active = generator(seed, "lora"), [], None
+        for i, name in enumerate(self.names):
+            layer = net.get_submodule(name)
+            A = torch.randn(rank, layer.in_features, generator=noise) / rank    # peft's "gaussian"
+            B = torch.zeros(layer.out_features, rank)
+            start += [A.to(layer.weight.device), B.to(layer.weight.device)]
+            layer.register_forward_hook(lambda _, args, out, i=i: self.add(args[0], out, i))
+        self.sets = {name: [x.clone() for x in start] for name in ("theta", "old", "ema")}
+        for x in self.sets["theta"]:
+            x.requires_grad_()
+
+    def add(self, x, out, i):
+        """out + 2 B A x for layer i, in the base's precision; gradients reach A and B in fp32."""
+        if self.active is None:
+            return out
+        A, B = self.sets[self.active][2 * i:2 * i + 2]
+        return out + F.linear(F.linear(x, A.to(x.dtype)), 2 * B.to(x.dtype))
+
+    @torch.no_grad()
+    def average(self, name, decay):
+        """set[name] <- decay * set[name] + (1 - decay) * theta."""
+        for average, theta in zip(self.sets[name], self.sets["theta"]):
+            average.copy_(decay * average + (1 - decay) * theta)
+
+
+def generator(*key):
+    """A CPU random generator that depends on `key` alone: nothing to save, no device to match."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def map_tensors(f, *trees):
+    """One tree for several of equal form (dicts, lists, tuples, Rollouts): f(tensors) at each
+    tensor, the first one's value at anything else."""
+    first = trees[0]
+    if isinstance(first, torch.Tensor):
+        return f(*trees)
+    if isinstance(first, Rollout):
+        return Rollout(**map_tensors(f, *map(vars, trees)))
+    if isinstance(first, dict):
+        return {k: map_tensors(f, *(tree[k] for tree in trees)) for k in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(map_tensors(f, *parts) for parts in zip(*trees))
+    return first
+
+
+@dataclasses.dataclass
+class Rollout:
+    """B samples: x_0 (B, ...) latents in fp32, images (B, 3, H, W) in [0, 1], and what the denoiser
+    was conditioned on, named as its arguments."""
+    x_0: torch.Tensor
+    images: torch.Tensor
+    condition: dict
+
+
+class Model:
+    """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
+
+    def __init__(self, config):
+        self.config, self.device = config, pick_device(config.device)
+        self.dtype = pick_dtype(config.precision, self.device)
+        self.pipe = load_pipeline(config, self.dtype).to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
+        self.net = getattr(self.pipe, self.component, None)
+        if self.net is None:
+            refuse(f"--model {config.model}: {type(self.pipe).__name__} has no unet or "
+                   "transformer; take a text-to-image pipeline")
+        self.signature = inspect.signature(self.net.forward)
+        self.input = next(iter(self.signature.parameters))              # "sample", "hidden_states"
+        scheduler, vae = self.pipe.scheduler, self.pipe.vae
+        self.T = scheduler.config.num_train_timesteps
+        self.prediction = scheduler.config.get("prediction_type", "flow_prediction")
+        flow = self.prediction == "flow_prediction"
+        self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.to(self.device)
+        unit = self.pipe.vae_scale_factor * (self.net.config.get("patch_size") or 1)
+        if config.resolution % unit:
+            refuse(f"--resolution {config.resolution}: must be a multiple of {unit} for "
+                   f"this model; try {max(1, config.resolution // unit) * unit}")
+        if config.solver:
+            self.pipe.scheduler = pick_solver(config.solver, scheduler, flow)
+        if vae.config.get("force_upcast") and self.dtype == torch.float16:  # would overflow in fp16
+            vae.float()
+            for part in filter(None, (vae.post_quant_conv, vae.decoder)):
+                part.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance,
+                    height=config.resolution, width=config.resolution,
+                    max_sequence_length=config.max_sequence_length)
+        self.call = {name: value for name, value in call.items() if value}      # 0: its own default
+        self.lora = LoRA(self.net, config.rank, config.seed)
+
+    @torch.no_grad()
+    def sample(self, prompts, seeds, policy):
+        """One image a prompt from the pipeline itself, under `policy`: "old", "ema" or None (base).
+
+        seeds: a key an image, from which all of its noise comes, whatever the batch. -> Rollout
+        """
+        calls, final = [], {}
+
+        def record(_, args, kwargs):                    # what the denoiser is conditioned on
+            given = dict(self.signature.bind(*args, **kwargs).arguments)
+            x, t = given.pop(self.input), torch.as_tensor(given.pop("timestep"))
+            calls.append((len(x), t.flatten()[0].cpu(), given))
+
+        def keep(pipe, step, t, tensors):               # the last latents are x_0
+            final["x_0"] = tensors["latents"].float()
+            return {}
+
+        handle = self.net.register_forward_pre_hook(record, with_kwargs=True)
+        self.lora.active = policy
+        try:
+            images = self.pipe(list(prompts), generator=[generator(*seed) for seed in seeds],
+                               callback_on_step_end=keep, output_type="pt", **self.call).images
+        finally:
+            handle.remove()
+            self.lora.active = None
+        B, (rows, t, condition) = len(prompts), calls[0]
+        # FLUX divides time by 1000 before its denoiser sees it, others don't: seen, not assumed.
+        self.time_scale = float(t) / float(self.pipe.scheduler.timesteps[0])
+        if rows == 2 * B:       # guidance: the conditional model, the second half, is what we train
+            condition = map_tensors(lambda x: x[B:] if x.shape[:1] == (rows,) else x, condition)
+        self.times = torch.stack([t for _, t, _ in calls]).unique()     # as the denoiser takes them
+        return Rollout(final["x_0"], images.float().clamp(0, 1), condition)
+
+    def predict(self, x_t, t, condition, policy):
+        """The denoiser's output, fp32, like x_t (B, ...), under "theta", "old", "ema" or None."""
+        self.lora.active = policy
+        inputs = {self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
+        out = self.net(**inputs, **condition)[0].float()
+        self.lora.active = None
+        return out
+
+    def alpha_sigma(self, t):
+        """alpha_t and sigma_t for times (B,) as the denoiser takes them."""
+        t = t.to(self.device).float() / self.time_scale
+        return alpha_sigma(t / self.T if self.alphas_cumprod is None else t, self.alphas_cumprod)
+
+
+def pick_device(name):
+    """The torch device of --device; auto is CUDA where there is one."""
+    try:
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.empty(0, device=automatic if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as e:
+        refuse(f"--device {name}: must be usable here ({first_line(e)}); try --device auto")
+
+
+def pick_dtype(name, device):
+    """The base model's dtype of --precision; auto is bf16 or fp16 on CUDA, fp32 elsewhere."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+
+
+def locate(path):
+    """A path as it is, or else beside nft.py: presets work from any directory."""
+    return str(path if os.path.exists(path) or not (HERE / path).exists() else HERE / path)
+
+
+def load_pipeline(config, dtype):
+    """The pipeline of --model, without its safety checker, which would black images out."""
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    path = locate(PRESETS.get(config.model, {}).get("path", config.model))
+    try:
+        parts = diffusers.DiffusionPipeline.load_config(path)
+        off = {k: None for k in ("safety_checker", "feature_extractor") if k in parts}
+        return diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
+    except (OSError, ValueError, AttributeError) as e:
+        refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
+               f"directory or a hub id within reach ({first_line(e)}); correct it")
+
+
+def pick_solver(name, scheduler, flow):
+    """A scheduler of diffusers by class name, with the forward process of the pipeline's own."""
+    import diffusers
+    kind = getattr(diffusers, name, None)
+    known = inspect.signature(kind).parameters if hasattr(kind, "set_timesteps") else ()
+    if not known or flow and not ("use_flow_sigmas" in known or name.startswith("FlowMatch")):
+        refuse(f"--solver {name}: must be a scheduler class of diffusers that solves such a "
+               "model; try DPMSolverMultistepScheduler")
+    given = dict(use_flow_sigmas=True, prediction_type="flow_prediction",
+                 flow_shift=scheduler.config.shift) if flow and "use_flow_sigmas" in known else {}
+    return kind.from_config(scheduler.config, **given)
+
+
+def first_line(error):
+    """An exception in one short line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+# ---- Rewards: f(images (B, 3, H, W) in [0, 1], prompts, metadata) -> B numbers -------------------
+def aesthetic(device):
+    """LAION aesthetics V2, about 1 to 10: five linear layers on CLIP ViT-L/14's image embedding."""
+    from huggingface_hub import hf_hub_download
+    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+    name = "openai/clip-vit-large-patch14"
+    processor = AutoImageProcessor.from_pretrained(name)
+    clip = CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32).to(device)
+    head = torch.load(hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
+                      map_location=device, weights_only=True)
+
+    def call(images, prompts, metadata):
+        pixels = processor(images=[to_pil(x) for x in images], return_tensors="pt").pixel_values
+        x = F.normalize(clip(pixels.to(device)).image_embeds, dim=-1)
+        for i in (0, 2, 4, 6, 7):                       # no activation between: it was trained so
+            x = F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"])
+        return x[:, 0]
+    return call
+
+
+def jpeg(device):
+    """Compressibility, as in DDPO: minus the kilobytes of the image as JPEG of quality 95."""
+    def kilobytes(image):
+        to_pil(image).save(buffer := io.BytesIO(), "JPEG", quality=95)
+        return len(buffer.getvalue()) / 1000
+    return lambda images, prompts, metadata: [-kilobytes(image) for image in images]
+
+
+REWARDS = {"aesthetic": aesthetic, "jpeg": jpeg}
+
+
+def load_rewards(spec, device):
+    """"NAME=W,FILE.py:FUNCTION" -> [(name, weight, function)]. Raises UserError."""
+    rewards = []
+    for part in filter(None, spec.split(",")):
+        name, _, weight = part.partition("=")
+        path, _, function = name.rpartition(":")
+        try:
+            weight = float(weight or 1)
+            if path.endswith(".py"):
+                name, path = f"{pathlib.Path(path).stem}:{function}", pathlib.Path(locate(path))
+                module = importlib.util.spec_from_file_location(path.stem, path)
+                sys.path.insert(0, str(path.resolve().parent))      # it may import its neighbours
+                module.loader.exec_module(loaded := importlib.util.module_from_spec(module))
+                call = getattr(loaded, function)
+            else:
+                call = REWARDS[name](device)
+        except Exception as e:
+            refuse(f"--reward {part}: must be one of {', '.join(REWARDS)} with its model "
+                   f"within reach, or FILE.py:FUNCTION, then =WEIGHT ({first_line(e)})")
+        rewards.append((name, weight, call))
+    return rewards
+
+
+@torch.no_grad()
+def score(rewards, images, prompts, metadata):
+    """r_raw (B,), a weighted sum, and its parts {name: (B,)}, fp32 on the CPU. Raises RunError."""
+    parts, total = {}, torch.zeros(len(images))
+    for name, weight, call in rewards:
+        try:
+            result = call(images, list(prompts), [dict(m) for m in metadata])
+            result = result[0] if isinstance(result, tuple) else result
+            parts[name] = torch.as_tensor(result, dtype=torch.float32).detach().cpu()
+        except Exception as e:
+            raise RunError(f"reward {name} raised {first_line(e)}; it must return numbers")
+        if parts[name].shape != total.shape:
+            raise RunError(f"reward {name} returned shape {tuple(parts[name].shape)} for "
+                           f"{len(images)} images; it must return one number an image")
+        if bad := [p for p, x in zip(prompts, parts[name].tolist()) if not math.isfinite(x)]:
+            raise RunError(f"reward {name} is not finite for {bad[0]!r}; it must be a number")
+        total += weight * parts[name]
+    return total, parts
+
+
+# ---- Prompts, pictures, the run directory --------------------------------------------------------
+def load_prompts(path):
+    """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
+    try:
+        lines = pathlib.Path(locate(path)).read_text("utf-8").splitlines()
+        rows = [json.loads(s) if path.endswith(".jsonl") else {"prompt": s.strip()}
+                for s in lines if s.strip()]
+        prompts = [(str(row.pop("prompt")), row) for row in rows]
+        prompts[0]
+        return prompts
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
+        refuse(f"--prompts {path}: must be a UTF-8 .txt, a prompt a line, or .jsonl, objects with "
+               f"`prompt`, and hold at least one ({first_line(e)}); correct it")
+
+
+def draw_prompts(prompts, iteration, config):
+    """The next `groups` prompts of a deck that is shuffled anew each time it is used up."""
+    def deck(epoch):
+        return random.Random(f"{config.seed} {epoch}").sample(prompts, len(prompts))
+    places = range((iteration - 1) * config.groups, iteration * config.groups)
+    return [deck(k // len(prompts))[k % len(prompts)] for k in places]
+
+
+def laplacian(images):
+    """Mean absolute Laplacian of images (B, 3, H, W): rises with speckle, falls with blur."""
+    kernel = images.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
+    return F.conv2d(images, kernel, groups=3).abs().mean().item()
+
+
+def to_pil(image):
+    """(3, H, W) in [0, 1] -> an 8-bit PIL image."""
+    from PIL import Image
+    pixels = (image.float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def picture_grid(cells, captions, path, columns):
+    """Save cells, each a list of images (3, H, W) side by side, with a caption under each."""
+    from PIL import Image, ImageDraw
+    side = 98 if cells[0][0].shape[-1] < 96 else 258        # pixels, two of them margin
+    w, h = side * len(cells[0]) + 12, side + 22
+    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(cells) / columns)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (cell, caption) in enumerate(zip(cells, captions)):
+        x, y = n % columns * w + 6, n // columns * h + 4
+        for k, image in enumerate(cell):
+            picture = to_pil(image).resize((side - 2, side - 2), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x + k * side, y))
+        draw.text((x, y + side + 1), caption[:(w - 12) // 6], fill="black")
+    sheet.save(path)
+
+
+def replace_file(path, write):
+    """write(temporary path), then rename: whoever reads `path` finds it whole."""
+    write(f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+class Run:
+    """The run directory: config.json, metrics.jsonl, checkpoint.pt, samples/, pictures, weights."""
+
+    MAY_CHANGE = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
+
+    def __init__(self, config):
+        self.dir, self.rows, self.state = pathlib.Path(config.out), [], None
+        file, settings, before = self.dir / "config.json", dataclasses.asdict(config), {}
+        if file.exists() and not config.resume:
+            refuse(f"--out {self.dir}: holds a run; add --resume, or take another one")
+        try:
+            if config.resume:
+                before = json.loads(file.read_text())
+                self.state = torch.load(self.dir / "checkpoint.pt", "cpu", weights_only=True)
+                self.rows = self.state["rows"]
+            for key in before.keys() - self.MAY_CHANGE:
+                if before[key] != settings[key]:
+                    refuse(f"--{key.replace('_', '-')} {settings[key]}: the run in {self.dir} has "
+                           f"{before[key]}, which must stay; use that, or another --out")
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            replace_file(file, lambda p: pathlib.Path(p).write_text(json.dumps(settings, indent=1)))
+        except (OSError, ValueError, LookupError, RuntimeError, pickle.UnpicklingError) as e:
+            refuse(f"--out {self.dir}: must be a writable directory, and hold a run if it is to be "
+                   f"resumed ({first_line(e)}); take another one")
+
+    def log(self, row):
+        """Add an object to metrics.jsonl, which is written whole: no torn or repeated line."""
+        self.rows.append(row)
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        replace_file(self.dir / "metrics.jsonl", lambda p: pathlib.Path(p).write_text(text))
+
+    def save(self, state, names, component):
+        """Write the checkpoint, and its EMA weights for pipe.load_lora_weights(DIR)."""
+        from safetensors.torch import save_file
+        replace_file(self.dir / "checkpoint.pt", lambda p: torch.save(state, p))
+        ema, tensors = state["lora"]["ema"], {}
+        for name, A, B in zip(names, ema[::2], ema[1::2]):
+            tensors[f"{component}.{name}.lora_A.weight"] = A.contiguous()
+            tensors[f"{component}.{name}.lora_B.weight"] = (2 * B).contiguous()     # alpha / rank
+        replace_file(self.dir / "pytorch_lora_weights.safetensors",
+                     lambda p: save_file(tensors, p, {"format": "pt"}))
+
+
+# ---- Training: Algorithm 1 -----------------------------------------------------------------------
+def collect(model, rewards, prompts, seeds, policy, what):
+    """Sample and score an image a (prompt, metadata): Rollout, r_raw (B,), parts {name: (B,)}."""
+    from tqdm import tqdm
+    chunks, size = [], model.config.batch_size
+    with tqdm(total=len(prompts), desc=what, unit="img", leave=False, disable=None) as bar:
+        for i in range(0, len(prompts), size):
+            texts, metadata = zip(*prompts[i:i + size])
+            rollout = model.sample(texts, seeds[i:i + size], policy)
+            chunks.append((rollout, *score(rewards, rollout.images, texts, metadata)))
+            bar.set_postfix(reward=f"{chunks[-1][1].mean():.3f}", refresh=False)
+            bar.update(len(texts))
+    size = chunks[0][1].shape                           # join what has a row an image
+    return map_tensors(lambda *x: torch.cat(x) if x[0].shape[:1] == size else x[0], *chunks)
+
+
+def evaluate(model, run, rewards, prompts, iteration):
+    """Held-out metrics: one image a prompt, the same noise every time. Saves a grid of sixteen."""
+    from tqdm import tqdm
+    seeds = [("evaluation", i) for i in range(len(prompts))]
+    rollout, raw, parts = collect(model, rewards, prompts, seeds, "ema", "evaluate")
+    rough = laplacian(rollout.images)
+    base = run.rows[0]["eval_laplacian"] if run.rows else rough
+    picture_grid([[x] for x in rollout.images[:16]], [p for p, _ in prompts],
+                 run.dir / "samples" / f"{iteration:06d}.png", columns=8)
+    tqdm.write(f"iteration {iteration:4d}   held-out reward {raw.mean():.3f}   "
+               f"roughness {rough / base:.2f}")
+    return {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
+            **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()},
+            "eval_laplacian": rough, "eval_roughness": rough / base}
+
+
+def pair_losses(model, rollout, index, t, eps, r):
+    """Lines 8 to 12 of Algorithm 1 for b pairs of an image and a time: three losses, each (b,).
+
+    index: (b,) images of the rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
+    Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
+    """
+    config, x_0, N = model.config, rollout.x_0[index], len(rollout.x_0)
+    condition = map_tensors(lambda x: x[index] if x.shape[:1] == (N,) else x, rollout.condition)
+    alpha_t, sigma_t = (a.view(-1, *[1] * (x_0.ndim - 1)) for a in model.alpha_sigma(t))
+    x_t = alpha_t * x_0 + sigma_t * eps                                         # forward process
+    out_theta = model.predict(x_t, t, condition, "theta")
+    with torch.no_grad():
+        out_old = model.predict(x_t, t, condition, "old")
+        out_ref = model.predict(x_t, t, condition, None) if config.kl else out_theta
+    x0_old, _ = predict_x0(x_t, out_old, alpha_t, sigma_t, model.prediction)
+    x0_theta, slope = predict_x0(x_t, out_theta, alpha_t, sigma_t, model.prediction)
+    # Departs from section 3.3 for eps- and v-prediction: an error of the output moves x_0 by slope,
+    # for eps sigma / alpha = 14.6 at SD1.5's t = 999, and high noise would drive all learning. With
+    # this factor the gradient by the output weighs sigma / (alpha + sigma), as t does for flow.
+    weight = (sigma_t / (alpha_t + sigma_t) / slope).flatten()                      # flow: 1
+    loss = weight * nft_loss(x0_theta, x0_old, x_0, r, config.beta)                 # Eq. (5)
+    kl, deviation = ((out_theta - out).square().flatten(1).mean(1) for out in (out_ref, out_old))
+    return loss, kl, deviation.detach()
+
+
+def train(config):
+    """Algorithm 1: Collect, Reward, Optimize, Update. Returns the closing line for the user."""
+    from tqdm import tqdm
+
+    # Set up: whatever can be refused is refused before the run directory is written
+    prompts, device = load_prompts(config.prompts), pick_device(config.device)
+    held_out = load_prompts(config.eval_prompts) if config.eval_prompts else \
+        [prompts.pop() for _ in range(min(64, len(prompts) // 10))] or prompts
+    rewards = load_rewards(config.reward, device)
+    watched = rewards + [(name, 0.0, f) for name, _, f in load_rewards(config.watch, device)]
+    model, run = Model(config), Run(config)
+    lora, theta = model.lora, model.lora.sets["theta"]
+    torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
+    optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    done = {"iteration": 0, "steps": 0, "skipped": 0, "seconds": 0.0, "laplacian": 0.0}
+    if run.state:
+        done = run.state["done"]
+        with torch.no_grad():
+            map_tensors(lambda ours, saved: ours.copy_(saved), lora.sets, run.state["lora"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        scaler.load_state_dict(run.state["scaler"])
+
+    def snapshot():
+        """All that --resume needs, cloned: on a CPU, too, training must not change it."""
+        return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
+            "done": dict(done), "rows": list(run.rows), "lora": lora.sets,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+
+    started, last, warned = time.time() - done["seconds"], snapshot(), False
+    try:
+        if not run.rows:
+            row = {"iteration": 0, "images": 0, **evaluate(model, run, watched, held_out, 0)}
+            run.log(row | {"seconds": time.time() - started})
+        bar = tqdm(total=config.iterations, initial=done["iteration"], desc="train", position=1)
+        for iteration in range(done["iteration"] + 1, config.iterations + 1):
+            # Collect: K images of each prompt from the old policy, by any solver (lines 3 to 5)
+            drawn = draw_prompts(prompts, iteration, config)
+            drawn = [prompt for prompt in drawn for _ in range(config.group_size)]
+            groups = torch.arange(config.groups).repeat_interleave(config.group_size)
+            N, seeds = len(drawn), [(config.seed, iteration, i) for i in range(len(drawn))]
+            rollout, raw, parts = collect(model, rewards, drawn, seeds, "old", "rollout")
+
+            # Reward: from r_raw of each image its optimality r in [0, 1] (lines 6 and 7)
+            r = optimality_reward(raw, groups, config.z).to(device)
+
+            # Optimize: pairs of an image and a time of the solver, Eq. (5), AdamW (lines 8 to 13)
+            noise = generator(config.seed, iteration, "training")
+            shuffled = torch.rand(N, len(model.times), generator=noise).argsort(1)
+            chosen = model.times[shuffled[:, :config.train_times]]              # (N, train_times)
+            sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
+            steps = tqdm(total=chosen.numel(), desc="optimize", leave=False, disable=None)
+            for shard in torch.randperm(N, generator=noise).chunk(config.updates):
+                index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
+                for some in torch.arange(len(index)).split(config.batch_size):
+                    eps = torch.randn(len(some), *rollout.x_0.shape[1:], generator=noise)
+                    i = index[some].to(device)
+                    losses = pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
+                    total = (losses[0] + config.kl * losses[1]).sum() / len(index)
+                    if not torch.isfinite(total):
+                        raise RunError(f"the loss is {total.item()} in iteration {iteration}; try "
+                                       "a smaller --lr, or --precision bf16 or fp32")
+                    scaler.scale(total).backward()
+                    for key, x in zip(sums, losses):
+                        sums[key] += x.sum().item() / chosen.numel()
+                    steps.update(len(some))
+                scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)
+                done["steps"] += 1
+                warm = min(1.0, done["steps"] / max(1, config.warmup))
+                optimizer.param_groups[0]["lr"] = config.lr * warm
+                scale = scaler.get_scale()
+                scaler.step(optimizer)
+                scaler.update()
+                done["skipped"] += scaler.get_scale() < scale   # overflow in fp16: no step was made
+                optimizer.zero_grad(set_to_none=True)
+                sums["grad_norm"] += norm.item() / config.updates
+                lora.average("ema", 0.9)                            # what is evaluated and saved
+            steps.close()
+
+            # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta (line 14)
+            eta = soft_update_decay(iteration, config.eta)
+            lora.average("old", eta)
+
+            # Log, evaluate, save
+            rough = laplacian(rollout.images)
+            done["laplacian"] = done["laplacian"] or rough      # iteration 1 samples the base model
+            row = {"iteration": iteration, "images": iteration * N, "reward": raw.mean().item(),
+                   "reward_std": raw.std(correction=0).item(),
+                   **{f"reward/{name}": x.mean().item() for name, x in parts.items()}, **sums,
+                   "eta": eta, "r_std": r.std(correction=0).item(),
+                   "roughness": rough / done["laplacian"], "skipped_steps": done["skipped"]}
+            if not (warned or 0.67 < row["roughness"] < 1.5):
+                warned = True
+                tqdm.write(f"warning: roughness {row['roughness']:.2f} in iteration {iteration}: grainy "
+                           "or blurred images; try a larger --kl, a smaller --lr, fewer --updates")
+            final = iteration == config.iterations
+            if final or iteration % config.eval_every == 0:
+                row.update(evaluate(model, run, watched, held_out, iteration))
+            done.update(iteration=iteration, seconds=time.time() - started)
+            run.log(row | {"seconds": done["seconds"]})
+            last = snapshot()
+            if final or iteration % config.save_every == 0:
+                run.save(last, lora.names, model.component)
+            bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
+            bar.update()
+        bar.close()
+        return conclude(model, run, held_out[:16])
+    except (Exception, KeyboardInterrupt) as e:
+        run.save(last, lora.names, model.component)
+        e.saved = (f"iteration {last['done']['iteration']} is saved; "
+                   f"to go on, add --out {run.dir} --resume to the same command")
+        raise
+
+
+def conclude(model, run, prompts):
+    """Draw before_after.png, from the same noise by base and trained model; say where all is."""
+    texts = [p for p, _ in prompts]
+    seeds = [("evaluation", i) for i in range(len(prompts))]
+    before, after = (model.sample(texts, seeds, policy).images for policy in (None, "ema"))
+    picture_grid(list(zip(before, after)), texts, run.dir / "before_after.png", columns=4)
+    first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
+    how = ", ".join(f"{name}={value:g}" for name, value in model.call.items())
+    return (f"held-out reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} in "
+            f"{last['seconds']:.0f} s; pictures: {run.dir}/before_after.png; "
+            f"weights: {run.dir}/pytorch_lora_weights.safetensors; to load them (needs peft):\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{model.pipe.config._name_or_path}")\n'
+            f'pipe.load_lora_weights("{run.dir}")  # then pipe(prompt, {how})')
+
+
+def parse(argv):
+    """Command line -> Config: flags over the preset's row over the defaults. Raises UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
+    for f in dataclasses.fields(Config):
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        if f.name == "precision":
+            kind["choices"] = ("auto", "fp32", "bf16", "fp16")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} ({f.default!r})", **kind)
+    given = vars(parser.parse_args(argv))
+    preset = {k: v for k, v in PRESETS.get(given.get("model", "tiny"), {}).items() if k != "path"}
+    config = Config(**{**preset, **given})
+    for f in dataclasses.fields(Config):
+        low, value = f.metadata["low"], getattr(config, f.name)
+        if low is not None and not (value > 0 if low == ">0" else low <= value < math.inf):
+            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number "
+                   f"{low if low == '>0' else f'>= {low}'}; try {preset.get(f.name, f.default)}")
+    if config.updates > config.groups * config.group_size:
+        refuse(f"--updates {config.updates}: must be at most the images of an iteration; try 1")
+    try:
+        soft_update_decay(1, config.eta)
+    except ValueError:
+        refuse(f"--eta {config.eta}: must be in [0, 1], or START,SLOPE,MAX; try {Config.eta}")
+    if not config.out:
+        if config.resume:
+            refuse("--resume: must come with the run's directory; add --out DIR")
+        names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(2, 10**6)))
+        config.out = next(name for name in names if not os.path.exists(name))
+    return config
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status: 0, 1 failed, 2 bad input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        print(train(parse(argv)))
+        return 0
+    except UserError as e:
+        message, status = str(e), 2
+    except KeyboardInterrupt as e:
+        message, status = f"interrupted; {getattr(e, 'saved', 'nothing was done yet')}", 130
+    except Exception as e:
+        what = str(e) if isinstance(e, RunError) else first_line(e)
+        message, status = f"{what}; {getattr(e, 'saved', 'nothing was done yet')}", 1
+    print("nft.py: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
