@@ -25,16 +25,15 @@ SPDX-License-Identifier: MIT
 """
 import argparse
 import dataclasses
-import importlib.util
 import inspect
 import io
 import json
 import math
 import os
 import pathlib
-import pickle
 import random
 import re
+import runpy
 import signal
 import sys
 import time
@@ -54,7 +53,7 @@ def flag(default, help, low=None):
 @dataclasses.dataclass
 class Config:
     """Every setting. A preset (--model) replaces defaults; a flag always wins."""
-    model: str = flag("tiny", "preset (tiny, tiny-sd3, sd15, sd3), pipeline directory or hub id")
+    model: str = flag("tiny", "tiny, tiny-sd3, sd15, sd3, a pipeline directory or a hub id")
     reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W or FILE.py:FUNCTION; aesthetic, jpeg")
     watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
     prompts: str = flag("examples/animals.txt", ".txt (one a line) or .jsonl (`prompt`, metadata)")
@@ -102,13 +101,13 @@ class UserError(Exception):
     """A bad flag or input: exit status 2, one line with the value, the rule and the mend."""
 
 
+class RunError(Exception):
+    """A failure at run time: exit status 1, one line; what was trained so far is saved."""
+
+
 def refuse(message):
     """Raise UserError."""
     raise UserError(message)
-
-
-class RunError(Exception):
-    """A failure at run time: exit status 1, one line; what was trained so far is saved."""
 
 
 # ---- The method: pure functions of tensors and scalars -------------------------------------------
@@ -445,11 +444,9 @@ def load_rewards(spec, device):
         try:
             weight = float(weight or 1)
             if path.endswith(".py"):
-                name, path = f"{pathlib.Path(path).stem}:{function}", pathlib.Path(locate(path))
-                module = importlib.util.spec_from_file_location(path.stem, path)
-                sys.path.insert(0, str(path.resolve().parent))      # it may import its neighbours
-                module.loader.exec_module(loaded := importlib.util.module_from_spec(module))
-                call = getattr(loaded, function)
+                name, path = f"{pathlib.Path(path).stem}:{function}", locate(path)
+                sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for its imports
+                call = runpy.run_path(path)[function]
             else:
                 call = REWARDS[name](device)
         except Exception as e:
@@ -468,13 +465,13 @@ def score(rewards, images, prompts, metadata):
             result = call(images, list(prompts), [dict(m) for m in metadata])
             result = result[0] if isinstance(result, tuple) else result
             parts[name] = torch.as_tensor(result, dtype=torch.float32).detach().cpu()
+            if parts[name].shape != total.shape:
+                raise ValueError(f"shape {tuple(parts[name].shape)} for {len(images)} images")
+            if not parts[name].isfinite().all():
+                raise ValueError(f"{parts[name].tolist()} for {list(prompts)}")
         except Exception as e:
-            raise RunError(f"reward {name} raised {first_line(e)}; it must return numbers")
-        if parts[name].shape != total.shape:
-            raise RunError(f"reward {name} returned shape {tuple(parts[name].shape)} for "
-                           f"{len(images)} images; it must return one number an image")
-        if bad := [p for p, x in zip(prompts, parts[name].tolist()) if not math.isfinite(x)]:
-            raise RunError(f"reward {name} is not finite for {bad[0]!r}; it must be a number")
+            raise RunError(f"reward {name} must return one finite number an image, and gave "
+                           f"{first_line(e)}; correct it")
         total += weight * parts[name]
     return total, parts
 
@@ -518,16 +515,15 @@ def to_pil(image):
 def picture_grid(cells, captions, path, columns):
     """Save cells, each a list of images (3, H, W) side by side, with a caption under each."""
     from PIL import Image, ImageDraw
-    side = 98 if cells[0][0].shape[-1] < 96 else 258        # pixels, two of them margin
+    side = 98 if cells[0][0].shape[-1] < 96 else 258                    # pixels, two of them margin
     w, h = side * len(cells[0]) + 12, side + 22
-    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(cells) / columns)), "white")
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(cells) / columns)), "lightgray")
     for n, (cell, caption) in enumerate(zip(cells, captions)):
         x, y = n % columns * w + 6, n // columns * h + 4
         for k, image in enumerate(cell):
             picture = to_pil(image).resize((side - 2, side - 2), Image.Resampling.NEAREST)
             sheet.paste(picture, (x + k * side, y))
-        draw.text((x, y + side + 1), caption[:(w - 12) // 6], fill="black")
+        ImageDraw.Draw(sheet).text((x, y + side + 1), caption[:(w - 12) // 6], fill="black")
     sheet.save(path)
 
 
@@ -540,25 +536,18 @@ def replace_file(path, write):
 class Run:
     """The run directory: config.json, metrics.jsonl, checkpoint.pt, samples/, pictures, weights."""
 
-    MAY_CHANGE = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
-
     def __init__(self, config):
         self.dir, self.rows, self.state = pathlib.Path(config.out), [], None
-        file, settings, before = self.dir / "config.json", dataclasses.asdict(config), {}
+        file, text = self.dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
         if file.exists() and not config.resume:
             refuse(f"--out {self.dir}: holds a run; add --resume, or take another one")
         try:
             if config.resume:
-                before = json.loads(file.read_text())
                 self.state = torch.load(self.dir / "checkpoint.pt", "cpu", weights_only=True)
                 self.rows = self.state["rows"]
-            for key in before.keys() - self.MAY_CHANGE:
-                if before[key] != settings[key]:
-                    refuse(f"--{key.replace('_', '-')} {settings[key]}: the run in {self.dir} has "
-                           f"{before[key]}, which must stay; use that, or another --out")
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            replace_file(file, lambda p: pathlib.Path(p).write_text(json.dumps(settings, indent=1)))
-        except (OSError, ValueError, LookupError, RuntimeError, pickle.UnpicklingError) as e:
+            replace_file(file, lambda p: pathlib.Path(p).write_text(text + "\n"))
+        except Exception as e:
             refuse(f"--out {self.dir}: must be a writable directory, and hold a run if it is to be "
                    f"resumed ({first_line(e)}); take another one")
 
@@ -652,9 +641,7 @@ def train(config):
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
     optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    done = {"iteration": 0, "steps": 0, "skipped": 0, "seconds": 0.0, "laplacian": 0.0}
     if run.state:
-        done = run.state["done"]
         with torch.no_grad():
             map_tensors(lambda ours, saved: ours.copy_(saved), lora.sets, run.state["lora"])
         optimizer.load_state_dict(run.state["optimizer"])
@@ -663,19 +650,20 @@ def train(config):
     def snapshot():
         """All that --resume needs, cloned: on a CPU, too, training must not change it."""
         return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
-            "done": dict(done), "rows": list(run.rows), "lora": lora.sets,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+            "rows": list(run.rows), "lora": lora.sets, "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict()})
 
-    started, last, warned = time.time() - done["seconds"], snapshot(), False
+    last, warned, started = snapshot(), False, time.time()
     try:
         if not run.rows:
             row = {"iteration": 0, "images": 0, **evaluate(model, run, watched, held_out, 0)}
-            run.log(row | {"seconds": time.time() - started})
-        bar = tqdm(total=config.iterations, initial=done["iteration"], desc="train", position=1)
-        for iteration in range(done["iteration"] + 1, config.iterations + 1):
+            run.log(row | {"skipped_steps": 0, "seconds": time.time() - started})
+        started, done = time.time() - run.rows[-1]["seconds"], run.rows[-1]["iteration"]
+        bar = tqdm(total=config.iterations, initial=done, desc="train", position=1)
+        for iteration in range(done + 1, config.iterations + 1):
             # Collect: K images of each prompt from the old policy, by any solver (lines 3 to 5)
-            drawn = draw_prompts(prompts, iteration, config)
-            drawn = [prompt for prompt in drawn for _ in range(config.group_size)]
+            drawn = [prompt for prompt in draw_prompts(prompts, iteration, config)
+                     for _ in range(config.group_size)]
             groups = torch.arange(config.groups).repeat_interleave(config.group_size)
             N, seeds = len(drawn), [(config.seed, iteration, i) for i in range(len(drawn))]
             rollout, raw, parts = collect(model, rewards, drawn, seeds, "old", "rollout")
@@ -689,7 +677,9 @@ def train(config):
             chosen = model.times[shuffled[:, :config.train_times]]              # (N, train_times)
             sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
             steps = tqdm(total=chosen.numel(), desc="optimize", leave=False, disable=None)
-            for shard in torch.randperm(N, generator=noise).chunk(config.updates):
+            first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
+            shards = torch.randperm(N, generator=noise).chunk(config.updates)
+            for step, shard in enumerate(shards, first):
                 index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
                 for some in torch.arange(len(index)).split(config.batch_size):
                     eps = torch.randn(len(some), *rollout.x_0.shape[1:], generator=noise)
@@ -705,13 +695,12 @@ def train(config):
                     steps.update(len(some))
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)
-                done["steps"] += 1
-                warm = min(1.0, done["steps"] / max(1, config.warmup))
+                warm = min(1.0, step / max(1, config.warmup))   # Adam's first steps are full size
                 optimizer.param_groups[0]["lr"] = config.lr * warm
                 scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
-                done["skipped"] += scaler.get_scale() < scale   # overflow in fp16: no step was made
+                skipped += scaler.get_scale() < scale               # overflow in fp16: no step made
                 optimizer.zero_grad(set_to_none=True)
                 sums["grad_norm"] += norm.item() / config.updates
                 lora.average("ema", 0.9)                            # what is evaluated and saved
@@ -723,21 +712,20 @@ def train(config):
 
             # Log, evaluate, save
             rough = laplacian(rollout.images)
-            done["laplacian"] = done["laplacian"] or rough      # iteration 1 samples the base model
+            base = run.rows[1]["laplacian"] if iteration > 1 else rough    # of the base model
             row = {"iteration": iteration, "images": iteration * N, "reward": raw.mean().item(),
                    "reward_std": raw.std(correction=0).item(),
                    **{f"reward/{name}": x.mean().item() for name, x in parts.items()}, **sums,
                    "eta": eta, "r_std": r.std(correction=0).item(),
-                   "roughness": rough / done["laplacian"], "skipped_steps": done["skipped"]}
+                   "laplacian": rough, "roughness": rough / base, "skipped_steps": skipped}
             if not (warned or 0.67 < row["roughness"] < 1.5):
                 warned = True
-                tqdm.write(f"warning: roughness {row['roughness']:.2f} in iteration {iteration}: grainy "
-                           "or blurred images; try a larger --kl, a smaller --lr, fewer --updates")
+                mend = "grainy or blurred images; try larger --kl, smaller --lr or fewer --updates"
+                tqdm.write(f"warning, iteration {iteration}: roughness {rough / base:.2f}, {mend}")
             final = iteration == config.iterations
             if final or iteration % config.eval_every == 0:
                 row.update(evaluate(model, run, watched, held_out, iteration))
-            done.update(iteration=iteration, seconds=time.time() - started)
-            run.log(row | {"seconds": done["seconds"]})
+            run.log(row | {"seconds": time.time() - started})
             last = snapshot()
             if final or iteration % config.save_every == 0:
                 run.save(last, lora.names, model.component)
@@ -747,8 +735,8 @@ def train(config):
         return conclude(model, run, held_out[:16])
     except (Exception, KeyboardInterrupt) as e:
         run.save(last, lora.names, model.component)
-        e.saved = (f"iteration {last['done']['iteration']} is saved; "
-                   f"to go on, add --out {run.dir} --resume to the same command")
+        done = last["rows"][-1]["iteration"] if last["rows"] else 0
+        e.saved = f"iteration {done} is saved; go on with: python nft.py --out {run.dir} --resume"
         raise
 
 
@@ -768,7 +756,7 @@ def conclude(model, run, prompts):
 
 
 def parse(argv):
-    """Command line -> Config: flags over the preset's row over the defaults. Raises UserError."""
+    """Command line -> Config. Raises UserError."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
     for f in dataclasses.fields(Config):
@@ -777,8 +765,22 @@ def parse(argv):
             kind["choices"] = ("auto", "fp32", "bf16", "fp16")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default!r})", **kind)
-    given = vars(parser.parse_args(argv))
+    return settle(vars(parser.parse_args(argv)))
+
+
+def settle(given):
+    """The given flags over the preset's row, or over a resumed run's own settings: a Config."""
     preset = {k: v for k, v in PRESETS.get(given.get("model", "tiny"), {}).items() if k != "path"}
+    if given.get("resume"):
+        try:
+            preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
+        except (OSError, LookupError, ValueError) as e:
+            refuse(f"--resume: must come with --out DIR that holds a run ({first_line(e)}); add it")
+        free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
+        for key in given.keys() - free:
+            if given[key] != preset[key]:
+                refuse(f"--{key.replace('_', '-')} {given[key]}: must stay {preset[key]} in this "
+                       "run; leave it out, or take another --out without --resume")
     config = Config(**{**preset, **given})
     for f in dataclasses.fields(Config):
         low, value = f.metadata["low"], getattr(config, f.name)
@@ -791,11 +793,8 @@ def parse(argv):
         soft_update_decay(1, config.eta)
     except ValueError:
         refuse(f"--eta {config.eta}: must be in [0, 1], or START,SLOPE,MAX; try {Config.eta}")
-    if not config.out:
-        if config.resume:
-            refuse("--resume: must come with the run's directory; add --out DIR")
-        names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(2, 10**6)))
-        config.out = next(name for name in names if not os.path.exists(name))
+    names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(2, 10**6)))
+    config.out = config.out or next(name for name in names if not os.path.exists(name))
     return config
 
 
@@ -805,15 +804,13 @@ def main(argv=None):
     try:
         print(train(parse(argv)))
         return 0
-    except UserError as e:
-        message, status = str(e), 2
-    except KeyboardInterrupt as e:
-        message, status = f"interrupted; {getattr(e, 'saved', 'nothing was done yet')}", 130
-    except Exception as e:
-        what = str(e) if isinstance(e, RunError) else first_line(e)
-        message, status = f"{what}; {getattr(e, 'saved', 'nothing was done yet')}", 1
-    print("nft.py: " + " ".join(message.split()), file=sys.stderr)
-    return status
+    except (Exception, KeyboardInterrupt) as e:
+        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(e), 1)
+        what = "interrupted" if status == 130 else str(e)
+        what = what if isinstance(e, (UserError, RunError, KeyboardInterrupt)) else first_line(e)
+        saved = getattr(e, "saved", "")                 # set by train(): how to go on
+        print(f"nft.py: {' '.join(what.split())}{saved and '; '}{saved}", file=sys.stderr)
+        return status
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 One AutoencoderKL serves both. tiny-sd15 is a StableDiffusionPipeline (UNet2DConditionModel,
 eps-prediction on SD1.5's noise schedule), tiny-sd3 a StableDiffusion3Pipeline (SD3Transformer2DModel,
-flow matching, a T5 that says nothing). First the captions are true; in the last quarter of the steps a
-share of them (`--noise`) belongs to another picture, so that without guidance the base model follows
+flow matching, a T5 that says nothing). First the captions are true; in the last steps a share of
+them (`--noise`) belongs to another picture, so that without guidance the base model follows
 its prompt in about a third of the cases: room for reinforcement learning. Held-out compositions
 are never shown. A fixed seed, a progress bar, no package beyond nft.py's own.
 SPDX-License-Identifier: MIT
@@ -159,7 +159,7 @@ def train_vae(images, steps):
     return vae.eval().requires_grad_(False)
 
 
-def train_denoiser(pipe, images, texts, steps, noise, name):
+def train_denoiser(pipe, images, texts, steps, noise, noisy_share, lr, keep, name):
     """Train denoiser and text encoders; the weights that remain are a running mean (EMA)."""
     vae, batch, rng = pipe.vae, 128, random.Random(1)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def train_denoiser(pipe, images, texts, steps, noise, name):
     models = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2] if flow else \
         [pipe.unet, pipe.text_encoder]
     parameters = [p for m in models for p in m.parameters()]
-    mean = [copy.deepcopy(p.data) for p in parameters]
+    mean, start = ([copy.deepcopy(p.data) for p in parameters] for _ in range(2))
 
     def embed(captions):
         if flow:
@@ -180,7 +180,7 @@ def train_denoiser(pipe, images, texts, steps, noise, name):
         return (pipe.encode_prompt(captions, "cpu", 1, False)[0],)
 
     def loss_of(step):
-        wrong = noise if step >= 0.75 * steps else 0.0
+        wrong = noise if step >= (1 - noisy_share) * steps else 0.0
         index = torch.randint(len(z), (batch,))
         captions = [texts[i] for i in index.tolist()]
         for i in range(batch):
@@ -204,9 +204,9 @@ def train_denoiser(pipe, images, texts, steps, noise, name):
                 m.lerp_(p.data, 1 - decay)
         return F.mse_loss(out.float(), target)
 
-    optimize(parameters, loss_of, steps, 2e-3, name)
-    for m, p in zip(mean, parameters):
-        p.data.copy_(m)
+    optimize(parameters, loss_of, steps, lr, name)
+    for m, s, p in zip(mean, start, parameters):
+        p.data.copy_(keep * s + (1 - keep) * m)
 
 
 def measure(pipe, texts, **call):
@@ -220,17 +220,30 @@ def measure(pipe, texts, **call):
     return [(c, sum(v) / len(v)) for c, v in rows.items()] + [("all", sum(ok) / len(ok))]
 
 
+def save(pipe, folder):
+    """Write a pipeline with weights in fp16 that loads in fp32 unless asked otherwise."""
+    pipe.to(torch.float16).save_pretrained(folder)
+    for file in folder.glob("text_encoder*/config.json"):      # transformers would take fp16 from here
+        file.write_text(file.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
 def main():
     """Command line: train the autoencoder, then each pipeline, print its accuracy, save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     parser.add_argument("--only", choices=["vae", "sd15", "sd3"], help="with vae: stop after it; else reuse it")
-    parser.add_argument("--noise", type=float, default=0.6, help="share of wrong captions, last quarter")
-    parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--more", action="store_true", help="train the pipelines in --out further")
+    parser.add_argument("--keep", type=float, default=0.0, help="with --more: share of the old weights")
+    parser.add_argument("--noise", type=float, default=0.3, help="share of wrong captions at the end")
+    parser.add_argument("--noisy-share", type=float, default=0.15, help="share of steps that are the end")
+    parser.add_argument("--vae-steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, help="of each denoiser; default 8000 for sd15, 7000 for sd3")
     parser.add_argument("--images", type=int, default=50000)
     args = parser.parse_args()
-    from diffusers import AutoencoderKL
+    import diffusers
+    import transformers
+    diffusers.utils.logging.set_verbosity_error()      # silent about captions that T5's two tokens cut
+    transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     for split, number in (("train", 240), ("heldout", 64)):
         lines = shapes.prompt_list(split, number)
@@ -243,19 +256,25 @@ def main():
             again = (vae.decode(vae.encode(clean * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
         print(f"vae: {sum(shapes.check(again, names)) / len(names):.3f} of the round trips pass the checker")
         vae.save_pretrained(args.out / "vae")
-    vae = AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
-    for name, make in (("sd15", make_sd15), ("sd3", make_sd3)):
+    vae = diffusers.AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
+    for name, make, steps in (("sd15", make_sd15, 8000), ("sd3", make_sd3, 7000)):
         if args.only not in (None, name):
             continue
         torch.manual_seed(0)
         pipe = make(vae)
-        train_denoiser(pipe, images, texts, args.steps, args.noise, f"tiny-{name}")
+        if args.more:
+            pipe = type(pipe).from_pretrained(args.out / f"tiny-{name}", vae=vae)
+            for part in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None),
+                         pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+                part and part.train().requires_grad_()
+        train_denoiser(pipe, images, texts, args.steps or steps, args.noise, args.noisy_share,
+                       1e-3 if args.more else 2e-3, args.keep, f"tiny-{name}")
         extra = {"max_sequence_length": 2} if name == "sd3" else {}
         for guidance in (1.0, 3.0):
             rows = measure(pipe, shapes.prompt_list("heldout", 64), num_inference_steps=20,
                            guidance_scale=guidance, **extra)
             print(f"tiny-{name}, guidance {guidance}:", "  ".join(f"{c} {v:.2f}" for c, v in rows))
-        pipe.to(torch.float16).save_pretrained(args.out / f"tiny-{name}")
+        save(pipe, args.out / f"tiny-{name}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,500 @@
+"""The laws of nft.py and its promises to the user: each test's docstring states one.
+
+    pip install pytest peft; python -m pytest -q test_nft.py       # under two minutes on two cores
+
+No network and no GPU are needed; peft serves pipe.load_lora_weights alone.
+SPDX-License-Identifier: MIT
+"""
+# ruff: noqa: E302, E305, E306, E401, E402, E731
+import dataclasses, functools, io, json, os, pathlib, random, re, shutil
+import signal, subprocess, sys, tempfile, time, types
+
+HERE, TEMP = pathlib.Path(__file__).resolve().parent, tempfile.TemporaryDirectory()
+ROOT = pathlib.Path(TEMP.name)                      # of all tests; no hub but its own, no network
+os.environ.update(HF_HOME=f"{ROOT}/hub", HF_HUB_CACHE=f"{ROOT}/hub", HF_HUB_OFFLINE="1")
+sys.path[:0] = [str(HERE), str(HERE / "examples")]
+
+import numpy as np
+import pretrain_tiny as tiny
+import pytest
+import shapes
+import torch
+from PIL import Image
+from torch.testing import assert_close
+import nft
+
+# ---- The method: Eq. (1) to (6) on tensors -------------------------------------------------------
+KINDS = pytest.mark.parametrize("kind", ("flow_prediction", "epsilon", "v_prediction"))
+def problem(kind):
+    """Six float64 samples, what a denoiser should say of them, what theta and old say, and r."""
+    rng = np.random.default_rng(1)
+    x_0, eps, off, off_old = torch.tensor(rng.normal(size=(4, 6, 5)))
+    r, sigma = torch.tensor(rng.uniform(size=6)), torch.linspace(0.1, 0.9, 6).double()[:, None]
+    alpha = 1 - sigma if kind == "flow_prediction" else (1 - sigma ** 2).sqrt()
+    target = {"flow_prediction": eps - x_0, "epsilon": eps}.get(kind, alpha * eps - sigma * x_0)
+    theta, old = (target + off).requires_grad_(), target + off_old
+    def predict(out):
+        return nft.predict_x0(alpha * x_0 + sigma * eps, out, alpha, sigma, kind)
+    def loss(r, beta, distance):                    # of each sample, and its gradient by theta
+        value = nft.nft_loss(predict(theta)[0], predict(old)[0], x_0, r, beta, distance)
+        return value.detach(), torch.autograd.grad(value.sum(), theta)[0]
+    return types.SimpleNamespace(**locals())
+squared = lambda x0_hat, x_0: (x0_hat - x_0).square().sum(1)
+
+def test_implicit_policies_mirror_each_other():
+    """v+ + v- = 2 v_old, and v+ lies the share beta of the way from v_old to v_theta."""
+    p, seen = problem("epsilon"), []
+    nft.nft_loss(p.theta, p.old, p.x_0, p.r, 0.3, lambda *a: seen.append(a[0]) or squared(*a))
+    assert_close(torch.stack(seen) - p.old, 0.3 * torch.stack([p.theta - p.old, p.old - p.theta]))
+
+def test_all_positive_is_flow_matching():
+    """r = 1, beta = 1, unweighted: Eq. (1) with w(t) = t^2, in value and in gradient."""
+    p = problem("flow_prediction")
+    off = (p.theta - p.target).detach()
+    assert_close(p.loss(1.0, 1.0, squared), (squared(p.sigma * off, 0), 2 * p.sigma ** 2 * off))
+
+@KINDS
+def test_gradient_identity(kind):
+    """Unweighted: slope^2 / beta times 2 beta [(2r - 1)(v_old - v) + beta (v_theta - v_old)]."""
+    p, beta = problem(kind), 0.4
+    bracket = (2 * p.r[:, None] - 1) * (p.old - p.target) + beta * (p.theta.detach() - p.old)
+    assert_close(p.loss(p.r, beta, squared)[1], p.predict(p.old)[1] ** 2 * 2 * bracket)
+
+@KINDS
+def test_loss_is_the_paper_s(kind):
+    """(r L+ + (1 - r) L-) / beta, adaptive: a loop over output space has its value and gradient."""
+    p, beta = problem(kind), 0.6
+    loss, gradient = p.loss(p.r, beta, nft.adaptive_loss)
+    for i, r in enumerate(p.r.tolist()):
+        expected = [0.0] * 6                        # the loss, and its gradient by five numbers
+        slope = p.sigma[i].item() / (p.alpha[i].item() if kind == "epsilon" else 1)
+        for share, sign in ((r, 1), (1 - r, -1)):
+            error = [slope * ((1 - sign * beta) * o + sign * beta * v - target) for v, o, target in
+                     zip(p.theta[i].tolist(), p.old[i].tolist(), p.target[i].tolist())]
+            scale = sum(map(abs, error)) / 5        # its gradient is stopped
+            terms = [sum(e * e for e in error), *(2 * e * slope * sign * beta for e in error)]
+            expected = [x + share * y / 5 / scale / beta for x, y in zip(expected, terms)]
+        assert [loss[i].item(), *gradient[i].tolist()] == pytest.approx(expected, 1e-10)
+
+def test_minimiser_of_equation_6():
+    """Where v_old is exact, the minimiser is v_old + (2 / beta) Delta, with Delta of Eq. (4)."""
+    rng = np.random.default_rng(3)
+    x_0, x_t = torch.tensor(rng.normal(size=(7, 2))), torch.tensor([0.3, -0.4]).double()
+    prior, r = torch.tensor(rng.uniform(size=(2, 7)))           # seven pictures are all there are
+    for t, beta in ((0.3, 1.0), (0.5, 0.2), (0.8, 1.7)):
+        eps = (x_t - (1 - t) * x_0) / t
+        p, v = prior * (-eps.square().sum(1) / 2).exp(), eps - x_0      # p(x_0 | x_t), by Bayes
+        old, positive, negative = (w @ v / w.sum() for w in (p, p * r, p * (1 - r)))
+        delta = p @ r / p.sum() * (positive - old)
+        assert_close(delta, p @ (1 - r) / p.sum() * (old - negative))   # Theorem 3.1
+        def risk(theta):
+            x0_theta, x0_old = ((x_t - t * out).expand(7, 2) for out in (theta, old))
+            return p @ nft.nft_loss(x0_theta, x0_old, x_0, r, beta, squared)
+        slope, curvature = (d(risk)(0 * old) for d in (torch.func.jacrev, torch.func.hessian))
+        assert_close(-torch.linalg.solve(curvature, slope), old + 2 / beta * delta)
+
+RNG = np.random.default_rng(0)                      # 24 rewards in 4 groups, which differ much
+GROUPS = RNG.permutation(np.arange(24) % 4)
+RAW = 10.0 * GROUPS + RNG.normal(size=24) * (1 + GROUPS)
+@pytest.mark.parametrize("z, unit", [(0.1, 1), (1.0, 1), (5.0, 1), (1.0, 1e-5)])
+def test_r_is_the_paper_s(z, unit):
+    """r = 1/2 + 1/2 clip[(r_raw - mean of the prompt) / (z (std of all + 1e-4)), -1, 1]; z is 5."""
+    raw = RAW * unit                                # the last one feels the 1e-4
+    mean = np.array([raw[GROUPS == g].mean() for g in GROUPS])
+    Z_c = z * (np.sqrt(np.mean((raw - np.mean(raw)) ** 2)) + 1e-4)
+    r = nft.optimality_reward(raw, GROUPS, **{"z": z} if z != 5 else {}).numpy()
+    np.testing.assert_allclose(r, 0.5 + 0.5 * np.clip((raw - mean) / Z_c, -1, 1), atol=2e-6)
+    assert 0 <= r.min() and r.max() <= 1
+
+def test_r_compares_within_a_prompt():
+    """r averages 1/2 in each group, is 1/2 throughout a constant one, and knows no order."""
+    raw, order = np.where(GROUPS == 2, 7.0, RAW), RNG.permutation(24)
+    r = nft.optimality_reward(raw, GROUPS)
+    assert [r[GROUPS == g].mean().item() for g in range(4)] == pytest.approx([0.5] * 4)
+    assert (r[GROUPS == 2] == 0.5).all() and (r[GROUPS != 2] != 0.5).all()
+    assert_close(nft.optimality_reward(raw[order], 100 - 7 * GROUPS[order]), r[order])
+    pytest.raises(ValueError, nft.optimality_reward, [1.0, np.nan, 0.0], [0, 0, 0])
+
+def test_eta_schedules():
+    """eta_i = min(0.001 i, 0.5); for OCR 0 until 75, then 0.0075 (i - 75), at most 0.999."""
+    eta, ocr = nft.soft_update_decay, "75,0.0075,0.999"
+    assert [eta(i) for i in (1, 100, 500, 1000)] == pytest.approx([0.001, 0.1, 0.5, 0.5])
+    assert [eta(i, ocr) for i in (0, 75, 76, 100, 300)] == pytest.approx([0, 0, .0075, .1875, .999])
+    assert [eta(i, s) for i in (1, 10 ** 6) for s in ("0", "0.9", "1", 0.3)] == [0, 0.9, 1, 0.3] * 2
+    for bad in ("-0.1", "1.5", "a", "", "0,1", "0,-1,0.5", "0,0.1,2", "nan", "nan,0.1,0.5"):
+        pytest.raises(ValueError, eta, 1, bad)
+
+def test_forward_process():
+    """alpha_t x_0 + sigma_t eps is DDIMScheduler.add_noise at every time; predict_x0 inverts it."""
+    from diffusers import DDIMScheduler
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    t, (x_0, eps), curve = torch.arange(1000), torch.randn(2, 1000, 3), scheduler.alphas_cumprod
+    alpha, sigma = (a[:, None] for a in nft.alpha_sigma(t.float(), curve))
+    assert_close(alpha * x_0 + sigma * eps, scheduler.add_noise(x_0, eps, t))
+    assert all(map(torch.equal, nft.alpha_sigma(sigma), (1 - sigma, sigma)))    # rectified flow
+    for p in map(problem, ("flow_prediction", "epsilon", "v_prediction")):
+        assert_close(p.predict(p.target)[0], p.x_0)
+
+# ---- Pipelines, untrained where pictures don't matter, and small runs of them --------------------
+PIPES = pytest.mark.parametrize("name", ("sd15", "sd15-v", "sd3", "flux"))      # eps, v, flow, flow
+FILES = {"empty.txt": " \n\n", "bad.jsonl": '{"text": "a red circle"}\n', "binary.txt": "\xff",
+         "train.txt": "a red circle\n\n two blue squares \na green cross\n",
+         "told.jsonl": '{"prompt": "a red circle", "n": 2}\n{"prompt": "a dog", "n": 5}\n',
+         "reward.py": '''
+import io, torch
+from PIL import Image
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+minus_red = lambda *a: -red(*a)
+shuffled = lambda *a, rng=torch.Generator(): red(*a)[torch.randperm(len(a[0]), generator=rng)]
+def jpeg(images, prompts, metadata):
+    files = [io.BytesIO() for _ in images]
+    for file, x in zip(files, (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(x).save(file, "JPEG", quality=95)
+    return [-len(file.getvalue()) / 1000 for file in files]
+def blue(images, prompts, metadata):
+    assert images.shape == (len(prompts), 3, 32, 32) and 0 <= images.min() and images.max() <= 1
+    return images[:, 2].numpy().mean((1, 2))
+def told(images, prompts, metadata):
+    return [m.pop("n") + (p == "a red circle") for p, m in zip(prompts, metadata)], {"no": "matter"}
+calls = []
+def fourth(how):                                    # the fourth call is the first of iteration 2
+    return lambda *a: (how if calls.append(a) or len(calls) > 3 else list)(red(*a).tolist())
+raises, short = fourth(lambda x: {}["lost"]), fourth(lambda x: x[1:])
+nan = fourth(lambda x: [*x[1:], float("nan")])
+'''}
+@pytest.fixture(scope="session", autouse=True)
+def files_and_pipelines():
+    """Rewards, prompts good and bad, and small untrained pipelines, in ROOT."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    for file, text in FILES.items():
+        (ROOT / file).write_text(text, "latin-1")
+    torch.manual_seed(0)
+    vae, words = tiny.make_vae(), tiny.make_tokenizer()
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0)
+    clip, t5 = tiny.make_text_encoder(words, 32, 1), tiny.make_silent_t5(words, 32)
+    net = FluxTransformer2DModel(1, 16, None, 1, 1, 16, 2, 32, 32, axes_dims_rope=(4, 4, 8))
+    flux = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, clip, words, t5, words, net)
+    for name, pipe in dict(sd15=tiny.make_sd15(vae), sd3=tiny.make_sd3(vae), flux=flux).items():
+        pipe.save_pretrained(ROOT / name)
+    file = shutil.copytree(ROOT / "sd15", ROOT / "sd15-v") / "scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace('"epsilon"', '"v_prediction"'))
+def argv(name, **flags):
+    """The command line of a small run of a pipeline in ROOT; `flags` win."""
+    given = dict(model=ROOT / name, reward="red") | flags
+    given["reward"] = re.sub(r"^(\w+)$", rf"{ROOT}/reward.py:\1", given["reward"])
+    small = f"""--prompts {ROOT}/train.txt --eval-prompts {ROOT}/train.txt --iterations 2 --groups 2
+        --group-size 3 --batch-size 4 --updates 2 --train-times 2 --steps 3 --rank 4 --lr 0.01 --z 2
+        --warmup 3 --beta 0.7 --kl 0.5 --eta 0.4 --resolution 32 --max-sequence-length 2
+        --eval-every 2 --device cpu""".split()
+    pairs = [("--" + k.replace("_", "-"), str(v)) for k, v in given.items()]
+    return small + [x for pair in pairs for x in pair if x != "True"]
+def run(name, status=0, **flags):
+    assert nft.main(argv(name, **flags)) == status
+    return flags["out"]
+@functools.cache
+def finished(name):
+    """The directory of a run of two iterations: change only copies of it."""
+    return run(name, out=ROOT / "runs" / name)
+def new_model(name, fill=False, **flags):
+    """A Model of those settings; with `fill`, its adapters all differ and matter."""
+    model = nft.Model(nft.parse(argv(name, **flags)))
+    torch.manual_seed(0)
+    for x in sum(model.lora.sets.values(), []) if fill else ():
+        x.data = 0.1 * torch.randn(x.shape)
+    return model
+def checkpoint(out, part="lora"):
+    return torch.load(out / "checkpoint.pt", weights_only=True)[part]
+def metrics(out, *without):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in without} for row in rows]
+TEXTS, SEEDS = ["a red circle", "two blue squares", "a green cross"], [("s", i) for i in range(3)]
+def draw(pipe, form="pt"):
+    """What a pipeline of diffusers itself paints of TEXTS."""
+    return pipe(TEXTS, generator=[nft.generator(*s) for s in SEEDS], num_inference_steps=3,
+                height=32, width=32, guidance_scale=1.0, output_type=form,
+                max_sequence_length=2).images
+
+# ---- The model: base, adapters, conditioning, forward process ------------------------------------
+DPM = "DPMSolverMultistepScheduler"                 # it rounds flow times down to integers
+@pytest.mark.parametrize("name, guidance, solver, bound", [
+    ("sd15", 1.0, DPM, 1e-5), ("sd15", 3.0, DPM, 1e-5), ("sd3", 1.0, "", 1e-6),
+    ("flux", 1.0, "", 1e-6), ("sd3", 3.0, DPM, 1.001e-3)])
+def test_training_sees_what_the_sampler_saw(name, guidance, solver, bound):
+    """Conditioning recorded is conditioning used; times and noise are the solver's; W + 2 B A."""
+    model, calls = new_model(name, fill=True, guidance=guidance, solver=solver), []
+    model.net.register_forward_hook(lambda _, args, kwargs, out: calls.append(
+        (dict(model.signature.bind(*args, **kwargs).arguments), out[0])), with_kwargs=True)
+    condition = model.sample(TEXTS, SEEDS, "old").condition
+    assert len(calls) == len(model.times) == 3
+    for (given, out), level in zip(calls[:], model.pipe.scheduler.sigmas):
+        x_t, t = given[model.input][-3:], torch.as_tensor(given["timestep"]).flatten()[-1]
+        same = x_t, t.expand(3), condition
+        for ours in (model.predict(*same, "old"), folded(model, model.lora.sets["old"], *same)):
+            assert_close(ours, out[-3:], atol=1e-4, rtol=1e-4)  # of two halves the conditional one
+        assert t in model.times and (guidance == 1 or (ours - out[:3]).abs().max() > 1e-3)
+        alpha, sigma = model.alpha_sigma(t[None])
+        assert_close((sigma / alpha if name == "sd15" else sigma)[0], level, atol=bound, rtol=0)
+
+@PIPES
+def test_theta_old_and_reference_share_one_base(name):
+    """Without its adapter, or with a fresh one, the model is the pipeline, bit for bit."""
+    plain = draw(nft.load_pipeline(nft.parse(argv(name)), torch.float32))
+    assert torch.equal(new_model(name, fill=True).sample(TEXTS, SEEDS, None).images, plain)
+    for policy in ("theta", "old", "ema"):
+        assert torch.equal(new_model(name).sample(TEXTS, SEEDS, policy).images, plain)
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_diffusers_loads_the_weights(name):
+    """pipe.load_lora_weights(DIR) paints the images of the run's EMA of theta."""
+    from diffusers import DiffusionPipeline
+    model, pipe = new_model(name), DiffusionPipeline.from_pretrained(ROOT / name)
+    model.lora.sets["ema"] = checkpoint(finished(name))["ema"]
+    ours, base = (model.sample(TEXTS, SEEDS, policy) for policy in ("ema", None))
+    pipe.load_lora_weights(str(finished(name)))
+    assert_close((draw(pipe), draw(pipe, "latent")), (ours.images, ours.x_0), atol=1e-5, rtol=1e-5)
+    assert (ours.x_0 - base.x_0).abs().max() > 1e-3
+
+# ---- Training: one iteration a second time, and where many lead ----------------------------------
+def folded(model, adapter, x_t, t, condition):
+    """The denoiser with W + 2 B A in place of W: LoRA a second way."""
+    weights = {f"{name}.weight": model.net.get_submodule(name).weight + 2 * B @ A
+               for name, A, B in zip(model.lora.names, adapter[::2], adapter[1::2])}
+    inputs = {model.input: x_t, "timestep": t, **condition, "return_dict": False}
+    return torch.func.functional_call(model.net, weights, (), inputs)[0]
+def pair_loss(model, sets, theta, x_0, condition, t, eps, r):
+    """Loss, KL, old deviation of one image at one time, in the space of the denoiser's output."""
+    beta, kind = model.config.beta, model.pipe.scheduler.config.get("prediction_type")
+    sigma = t / (1 if "img_ids" in condition else 1000)         # FLUX: t in [0, 1]
+    if kind:
+        sigma = (1 - model.pipe.scheduler.alphas_cumprod[t.long()]).sqrt()
+    alpha = (1 - sigma ** 2).sqrt() if kind else 1 - sigma
+    target = {None: eps - x_0, "epsilon": eps, "v_prediction": alpha * eps - sigma * x_0}[kind]
+    out, old, ref = (folded(model, adapter, alpha * x_0 + sigma * eps, t, condition)
+                     for adapter in (theta, sets["old"], [0 * x for x in theta]))
+    old, ref, loss = old.detach(), ref.detach(), 0
+    for share, sign in ((r, 1), (1 - r, -1)):
+        error = old + sign * beta * (out - old) - target        # of v+, of v-
+        loss = loss + share * error.square().mean() / error.abs().mean().detach() / beta
+    kl, deviation = (out - ref).square().mean(), (out - old).detach().square().mean()
+    return torch.stack([(sigma / (alpha + sigma) * loss).squeeze(), kl, deviation])
+
+@PIPES
+def test_one_iteration_is_algorithm_1(name, tmp_path, monkeypatch):
+    """An iteration equals Algorithm 1 written a second time: Collect, Reward, Optimize, Update."""
+    out, calls = shutil.copytree(finished(name), tmp_path / "run"), []
+    sets, moments = checkpoint(out), checkpoint(out, "optimizer")["state"]
+    for f in (nft.collect, nft.pair_losses):
+        spy = lambda *a, f=f: calls.append((a, f(*a))) or calls[-1][1]
+        monkeypatch.setattr(nft, f.__name__, spy)
+    run(name, out=out, resume=True, iterations=3)
+    ((_, _, drawn, seeds, *_), (collected, *_)), *pairs, _ = calls
+    after, row, model = checkpoint(out), metrics(out)[3], new_model(name)
+    trained = pairs[0][0][0].net.state_dict()       # its base has not changed: adapters alone learn
+    assert all(torch.equal(x, trained[k]) for k, x in model.net.state_dict().items())
+    # Collect and Reward: three images of each prompt, no noise twice, by theta_old
+    texts = [text for text, _ in drawn]
+    assert texts == [texts[0]] * 3 + [texts[3]] * 3 and texts[0] != texts[3] and len({*seeds}) == 6
+    model.lora.sets = sets
+    rollout = model.sample(texts, seeds, "old")     # in one batch, not in two: no image changes
+    assert_close(collected.x_0, rollout.x_0, atol=1e-4, rtol=1e-4)
+    raw = rollout.images[:, 0].mean((1, 2)) - rollout.images[:, 1:].mean((1, 2, 3))
+    mean = raw.view(2, 3).mean(1).repeat_interleave(3)
+    r = 0.5 + 0.5 * ((raw - mean) / (2 * (raw.std(correction=0) + 1e-4))).clamp(-1, 1)
+    # Optimize: each image at two of the sampler's times, in two steps of AdamW
+    index, t, eps = (torch.cat([a[k] for a, _ in pairs]) for k in (2, 3, 4))
+    assert sorted(index.tolist()) == sorted([*range(6)] * 2) and len(eps.unique()) > 3000
+    assert len({*zip(index.tolist(), t.tolist())}) == 12 and all(x in model.times for x in t)
+    theta, ema, logged = sets["theta"], sets["ema"], torch.zeros(4)
+    for step, part in enumerate(torch.arange(12).split(6), 5):  # four steps were before
+        theta, terms = [x.requires_grad_() for x in theta], 0
+        for k, i in zip(part.tolist(), index[part].tolist()):
+            own = nft.map_tensors(lambda x: x[i:i + 1] if len(x) == 6 else x, rollout.condition)
+            terms = terms + pair_loss(model, sets, theta, rollout.x_0[i:i + 1], own,
+                                      t[k:k + 1], eps[k:k + 1], r[i]) / 6
+        gradient = torch.autograd.grad(terms[0] + 0.5 * terms[1], theta)
+        norm = torch.stack([g.norm() for g in gradient]).norm()
+        logged += torch.stack([*terms.detach(), norm]) / 2
+        theta = [x.detach() for x in theta]
+        for k, g in enumerate(gradient):
+            g, m, v = g * min(1, 1 / norm), moments[k]["exp_avg"], moments[k]["exp_avg_sq"]
+            m.copy_(0.9 * m + 0.1 * g)
+            v.copy_(0.999 * v + 0.001 * g * g)
+            change = (m / (1 - 0.9 ** step)) / ((v / (1 - 0.999 ** step)).sqrt() + 1e-8)
+            theta[k] = theta[k] - 0.01 * (change + 1e-4 * theta[k])
+        ema = [0.9 * x + 0.1 * y for x, y in zip(ema, theta)]
+    # Update
+    old = [0.4 * x + 0.6 * y for x, y in zip(sets["old"], theta)]
+    for key, mine in (("theta", theta), ("ema", ema), ("old", old)):
+        was, now, mine = map(torch.nn.utils.parameters_to_vector, (sets[key], after[key], mine))
+        assert (now - mine).norm() < 2e-3 * (now - was).norm(), key
+    logged = [*logged, raw.mean(), raw.std(correction=0), r.std(correction=0), torch.tensor(0.4)]
+    keys = "loss kl old_deviation grad_norm reward reward_std r_std eta".split()
+    assert [row[k] for k in keys] == pytest.approx([x.item() for x in logged], rel=1e-3)
+
+def test_reward_rises(tmp_path):
+    """The held-out reward rises; negated, it falls; shuffled, it stays where it was."""
+    def change(reward):
+        out = run(HERE / "examples/tiny-sd15", reward=reward, watch=f"{ROOT}/reward.py:red", eta=0,
+                  out=tmp_path / reward, prompts=HERE / "examples/shapes_train.txt", beta=0.5,
+                  eval_prompts=HERE / "examples/shapes_heldout.txt", iterations=8, groups=4, kl=.01,
+                  group_size=12, rank=16, batch_size=64, updates=4, steps=4, lr=5e-3, eval_every=9)
+        return np.diff([metrics(out)[i]["eval_reward/reward:red"] for i in (0, -1)])[0]
+    assert change("red") > 0.04 and change("minus_red") < -0.02 and abs(change("shuffled")) < 0.02
+
+# ---- The command line ----------------------------------------------------------------------------
+def test_files_and_fields():
+    """DIR holds settings, one JSON object an iteration, pictures and weights, as documented."""
+    out, (first, one, last) = finished("sd15"), metrics(finished("sd15"))
+    assert json.loads((out / "config.json").read_text())["lr"] == 0.01
+    assert {"before_after.png", "pytorch_lora_weights.safetensors"} <= {*os.listdir(out)}
+    evaluated = {"iteration", "images", "eval_reward", "eval_reward_std", "eval_reward/reward:red"}
+    trained = {"iteration", "images", "seconds", "reward", "reward_std", "reward/reward:red", "eta",
+               "loss", "kl", "old_deviation", "grad_norm", "roughness"}
+    assert evaluated <= {*first} and trained <= {*one} and evaluated | trained <= {*last}
+    assert "eval_reward" not in one and one["roughness"] == 1
+    assert [(x["iteration"], x["images"]) for x in (first, one, last)] == [(0, 0), (1, 6), (2, 12)]
+    assert [Image.open(p).size[0] > 100 for p in out.glob("samples/*.png")] == [True, True]
+
+def test_interrupt_and_resume(tmp_path):
+    """Ctrl-C saves, says how to go on, exits 130; --resume then ends as if nothing had happened."""
+    out, wish = tmp_path / "run", argv("sd15", out=tmp_path / "run", iterations=10 ** 6)
+    process = subprocess.Popen([sys.executable, HERE / "nft.py", *wish], stderr=subprocess.PIPE)
+    while process.poll() is None and not (out / "samples/000002.png").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=60)[1].decode().strip().splitlines()[-1]
+    done = int(re.search(r"nft.py: .*iteration (\d+) is saved.*--resume", last)[1])
+    assert process.returncode == 130 and metrics(out)[done]["iteration"] == done
+    with open(out / "metrics.jsonl", "a") as f:     # what a kill after the checkpoint would leave
+        f.write(f'{{"iteration": {done + 1}, "images": 18}}\n{{"iteration": {done + 2}, "ima')
+    run("sd15", out=out, iterations=done + 2, resume=True)
+    whole = run("sd15", out=tmp_path / "whole", iterations=done + 2)
+    assert metrics(out, "seconds") == metrics(whole, "seconds")
+    assert_close(checkpoint(out), checkpoint(whole), atol=0, rtol=0)
+    assert len({(d / "pytorch_lora_weights.safetensors").read_bytes() for d in (out, whole)}) == 1
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(reward="raises"), "raises .*KeyError: 'lost'"), (dict(reward="nan"), "nan .*finite"),
+    (dict(reward="short"), "short .*3.* 4 images"),
+    (dict(lr=1e30, eta=1, updates=1), "loss is nan in iteration 2.*try")])
+def test_failure_is_named_and_nothing_lost(tmp_path, capsys, flags, says):
+    """What fails in iteration 2 exits 1 with one line that names it, and iteration 1 is saved."""
+    out = run("sd15", 1, out=tmp_path / "run", iterations=9, **flags)
+    error = capsys.readouterr().err
+    assert re.search(f"{says}.*iteration 1 is saved.*--resume", error.strip().splitlines()[-1])
+    assert "Traceback" not in error and [row["iteration"] for row in metrics(out)] == [0, 1]
+    assert checkpoint(out) and (out / "pytorch_lora_weights.safetensors").exists()
+
+BAD = """model=no/such model={ROOT} reward=a-b reward={ROOT}/none.py:f reward={ROOT}/reward.py:none
+reward=jpeg=x reward= watch=none prompts=none.txt prompts={ROOT}/empty.txt prompts={ROOT}/binary.txt
+prompts={ROOT}/bad.jsonl eval_prompts=none.txt resolution=30 groups=0 groups=x group_size=-1 steps=0
+batch_size=0 iterations=0 updates=0 updates=7 train_times=0 rank=0 eval_every=0 save_every=0 lr=0.0
+lr=nan lr=inf beta=-1.0 z=0.0 kl=-0.1 guidance=-1.0 eta=1.5 solver=Nope device=gpu9 precision=fp8
+nonsense=1 out={ROOT}/runs/sd15 out={ROOT}/train.txt/x resume=True
+lr=9.0&resume=True&out={ROOT}/runs/sd15"""
+@pytest.mark.parametrize("flags", BAD.split())
+def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, flags):
+    """Exit 2, one line with value, rule and mend, no traceback; nothing made, nothing changed."""
+    flags = dict(x.split("=", 1) for x in flags.format(ROOT=ROOT).split("&"))
+    def tree():
+        return {p: p.stat().st_mtime_ns for folder in (finished("sd15"), ROOT, tmp_path)
+                for p in folder.rglob("*") if "__pycache__" not in p.parts}
+    monkeypatch.chdir(tmp_path)
+    before, (key, value), _ = tree(), [*flags.items()][0], capsys.readouterr()
+    run("sd15", 2, **{"out": "here"} | flags)
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    says = f"--{key.replace('_', '-')}" + f" {value}: .*; .*\\w" * (value != "True")
+    if key in ("precision", "nonsense") or value == "x":        # argparse's own words
+        says = f"{key}.*{value}"
+    assert re.search(says, line) and tree() == before, line
+
+def test_presets_only_set_defaults():
+    """A flag wins over the preset, the preset over Config."""
+    plain, preset, won = (nft.parse([*x, "--out", "x"]) for x in (["--model=x"], [], ["--lr=9"]))
+    row = {k: v for k, v in nft.PRESETS["tiny"].items() if k != "path"} | {"out": "x"}
+    assert plain == nft.Config(model="x", out="x") and preset == nft.Config(**row)
+    assert won == nft.Config(**row | {"lr": 9.0})
+
+def test_rewards_add_up_and_watching_does_not(tmp_path):
+    """Rewards are told prompts and metadata, and add up; a watched one is never trained on."""
+    flags = dict(prompts=ROOT / "told.jsonl", eval_prompts=ROOT / "told.jsonl", precision="bf16",
+                 reward=f"{ROOT}/reward.py:blue=2,{ROOT}/reward.py:told=-0.5,jpeg=1")
+    one = run("sd15", out=tmp_path / "one", **flags)
+    two = run("sd15", out=tmp_path / "two", watch=f"{ROOT}/reward.py:jpeg", **flags)
+    for row, key in ((metrics(one)[1], "reward"), (metrics(two)[2], "eval_reward")):
+        blue, told, jpeg = (row[f"{key}/{name}"] for name in ("reward:blue", "reward:told", "jpeg"))
+        assert (told, row[key]) == (4, pytest.approx(2 * blue - 2 + jpeg))  # (2 + 1 + 5) / 2 = 4
+    assert metrics(two, "seconds", "eval_reward/reward:jpeg") == metrics(one, "seconds")
+    assert metrics(two)[0]["eval_reward/reward:jpeg"] == metrics(two)[0]["eval_reward/jpeg"] < -0.3
+    assert_close(checkpoint(one), checkpoint(two), atol=0, rtol=0)
+    assert {x.dtype for x in checkpoint(one)["theta"]} == {torch.float32}   # whatever --precision
+
+def test_aesthetic():
+    """aesthetic is LAION's head on the normalised CLIP embedding of what CLIP's processor makes."""
+    import transformers
+    def snapshot(repo):                             # as the hub's cache keeps it
+        folder = ROOT / "hub" / ("models--" + repo.replace("/", "--"))
+        os.makedirs(folder / "snapshots/1"), os.makedirs(folder / "refs")
+        (folder / "refs/main").write_text("1")
+        return folder / "snapshots/1"
+    torch.manual_seed(0)
+    part = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=part, vision_config=part | dict(projection_dim=768), projection_dim=768)).eval()
+    Prepare = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPProcessor)
+    clip.save_pretrained(folder := snapshot("openai/clip-vit-large-patch14"))
+    Prepare().save_pretrained(folder)
+    sizes = ((768, 1024), None, (1024, 128), None, (128, 64), None, (64, 16), (16, 1))
+    head = torch.nn.Sequential(*(torch.nn.Linear(*x) if x else torch.nn.Identity() for x in sizes))
+    torch.save({f"layers.{k}": v.mul_(3) for k, v in head.state_dict().items()},
+               snapshot("trl-lib/ddpo-aesthetic-predictor") / "aesthetic-model.pth")
+    (_, _, aesthetic), = nft.load_rewards("aesthetic", torch.device("cpu"))
+    arrays = RNG.integers(256, size=(4, 6, 8, 3), dtype=np.uint8).repeat(50, 1).repeat(50, 2)
+    with torch.no_grad():
+        pixels = Prepare()([*arrays], return_tensors="pt")["pixel_values"]
+        x = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+        expected = head(x / x.norm(dim=1, keepdim=True))[:, 0]
+        ours = aesthetic(torch.tensor(arrays).permute(0, 3, 1, 2) / 255, [""] * 4, [{}] * 4)
+    assert_close(ours, expected, atol=1e-3, rtol=0)
+    assert expected.std() > 0.02
+
+def test_nft_is_light():
+    """nft.py has at most 800 lines of 100 columns; `import nft` is silent and needs torch alone."""
+    code = "import sys, nft; print({'diffusers', 'transformers', 'peft', 'PIL'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+    lines = (HERE / "nft.py").read_text().splitlines()
+    assert len(lines) <= 800 and max(map(len, lines)) <= 100
+
+# ---- The shapes that the shipped pipelines paint, and the README ---------------------------------
+@pytest.mark.parametrize("category", shapes.CATEGORIES)
+def test_checker(category):
+    """It accepts 99% of clean renders and VAE round trips, and refuses 99% with a wrong caption."""
+    from diffusers import AutoencoderKL
+    rng = random.Random(0)
+    texts = [rng.choice(shapes.captions(split)[category]) for split in ("train", "heldout") * 150]
+    images, wrong = shapes.render(texts, seed=5), [shapes.wrong_caption(t, rng) for t in texts]
+    vae = AutoencoderKL.from_pretrained(HERE / "examples/tiny-sd15/vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        again = vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample / 2 + 0.5
+    for pictures in (images, again.clamp(0, 1)):
+        assert np.mean(shapes.check(pictures, texts)) >= 0.99
+        assert np.mean(shapes.check(pictures, wrong)) <= 0.01
+
+def test_held_out_compositions_are_never_trained_on():
+    """No composition is in both splits' captions, nor in both prompt files."""
+    seen = {}
+    for split in ("train", "heldout"):
+        lines = (HERE / f"examples/shapes_{split}.txt").read_text().splitlines()
+        for text in sum(shapes.captions(split).values(), lines):
+            kind, things, relation = shapes.parse(text)
+            same = kind, frozenset(things) if kind == "two" else things, relation
+            assert seen.setdefault(same, split) == split
+
+def test_readme_flags():
+    """The README's table of flags names every field of Config with its default, and none else."""
+    table, show = r"^\| `--([\w-]+)` \|.*?\| `([^`]*)` \|", {"": '""', "False": "off"}
+    rows = re.findall(table, (HERE / "README.md").read_text(), re.M)
+    fields = ((f.name.replace("_", "-"), str(f.default)) for f in dataclasses.fields(nft.Config))
+    assert sorted(rows) == sorted((name, show.get(default, default)) for name, default in fields)
