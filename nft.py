@@ -36,6 +36,7 @@ import re
 import runpy
 import signal
 import sys
+import textwrap
 import time
 
 import torch
@@ -86,10 +87,10 @@ class Config:
 
 
 TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.txt",
-            eval_prompts="examples/shapes_heldout.txt", iterations=60, batch_size=64, updates=4,
-            lr=2e-3, eval_every=20, beta=0.5, kl=0.1)
+            eval_prompts="examples/shapes_heldout.txt", solver="DPMSolverMultistepScheduler",
+            iterations=60, batch_size=64, updates=4, train_times=3, lr=1e-3, kl=0.1)
 PRESETS = {                                     # rows of defaults: no code depends on a name
-    "tiny": dict(TINY, path="examples/tiny-sd15", solver="DPMSolverMultistepScheduler"),
+    "tiny": dict(TINY, path="examples/tiny-sd15"),
     "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2),
     "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5",
                  solver="DPMSolverMultistepScheduler"),
@@ -516,14 +517,15 @@ def picture_grid(cells, captions, path, columns):
     """Save cells, each a list of images (3, H, W) side by side, with a caption under each."""
     from PIL import Image, ImageDraw
     side = 98 if cells[0][0].shape[-1] < 96 else 258                    # pixels, two of them margin
-    w, h = side * len(cells[0]) + 12, side + 22
+    w, h = side * len(cells[0]) + 12, side + 34
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(cells) / columns)), "lightgray")
     for n, (cell, caption) in enumerate(zip(cells, captions)):
         x, y = n % columns * w + 6, n // columns * h + 4
         for k, image in enumerate(cell):
             picture = to_pil(image).resize((side - 2, side - 2), Image.Resampling.NEAREST)
             sheet.paste(picture, (x + k * side, y))
-        ImageDraw.Draw(sheet).text((x, y + side + 1), caption[:(w - 12) // 6], fill="black")
+        lines = textwrap.wrap(caption, (w - 12) // 7, max_lines=2)
+        ImageDraw.Draw(sheet).text((x, y + side), "\n".join(lines), fill="black")
     sheet.save(path)
 
 
