@@ -1,9 +1,8 @@
 """DiffusionNFT in one file: online reinforcement learning of diffusion on the forward process.
 
-Paper: "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXiv 2509.16117; the
-equation numbers below are its. Sample images with any solver, score them, and fine-tune with a
-supervised loss that contrasts an implicit positive and an implicit negative policy: no likelihoods,
-no trajectories, no second model, no guidance.
+Sample images with any solver, score them, and fine-tune with a supervised loss that contrasts an
+implicit positive and an implicit negative policy: no likelihoods, no trajectories, no guidance.
+Paper: "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXiv 2509.16117.
 
     python nft.py                                       # a tiny pipeline, on a CPU, in minutes
     python nft.py --model sd15 --reward aesthetic       # Stable Diffusion 1.5, LAION aesthetics
@@ -20,7 +19,7 @@ no trajectories, no second model, no guidance.
     eta_i     eta            share of theta_old that stays after iteration i, Algorithm 1 line 14
     Z_c, K    z, group_size  Z_c = z * std of the rewards; K images a prompt
 
-Departures from the paper are marked "Departs from" at their lines and listed in the README.
+Equation, section and line numbers are the paper's; README.md lists the departures from it.
 SPDX-License-Identifier: MIT
 """
 import argparse
@@ -42,8 +41,6 @@ import time
 import torch
 import torch.nn.functional as F
 
-HERE = pathlib.Path(__file__).resolve().parent
-
 
 # ---- Config: one typed field a flag --------------------------------------------------------------
 def flag(default, help, low=None):
@@ -58,12 +55,12 @@ class Config:
     reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W or FILE.py:FUNCTION; aesthetic, jpeg")
     watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
     prompts: str = flag("examples/animals.txt", ".txt (one a line) or .jsonl (`prompt`, metadata)")
-    eval_prompts: str = flag("", "held-out prompts; empty: the last tenth of --prompts, at most 64")
+    eval_prompts: str = flag("", "held-out prompts; empty: a tenth of --prompts, 64 at most")
     out: str = flag("", "run directory; empty: a new one under runs/")
     resume: bool = flag(False, "go on with the run in --out")
     iterations: int = flag(100, "iterations i of Algorithm 1", 1)
     groups: int = flag(16, "prompts an iteration", 1)
-    group_size: int = flag(12, "images a prompt, K", 1)
+    group_size: int = flag(12, "images a prompt, K", 2)
     batch_size: int = flag(4, "images in one forward pass; memory and speed only", 1)
     updates: int = flag(1, "optimizer steps an iteration, which share its images", 1)
     train_times: int = flag(2, "noise levels t an image, among the sampler's own", 1)
@@ -73,6 +70,7 @@ class Config:
     kl: float = flag(1e-4, "weight of the squared distance to the base model's output", 0)
     eta: str = flag("0,0.001,0.5", "soft update eta_i: a constant, or START,SLOPE,MAX")
     z: float = flag(5.0, "Z_c = z * std of the iteration's rewards: smaller spreads r more", ">0")
+    ema: float = flag(0.9, "decay a step of the average of theta that is evaluated and saved", 0)
     rank: int = flag(32, "LoRA rank; alpha is twice the rank", 1)
     solver: str = flag("", "scheduler class of diffusers; empty: the pipeline's own")
     steps: int = flag(10, "sampling steps", 1)
@@ -91,8 +89,9 @@ TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.t
             iterations=60, batch_size=64, updates=4, train_times=3, lr=1e-3, kl=0.1)
 PRESETS = {                                     # rows of defaults: no code depends on a name
     "tiny": dict(TINY, path="examples/tiny-sd15"),
-    "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2),
-    "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=150,
+                     kl=0.04, ema=0.98),
+    "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1,
                  solver="DPMSolverMultistepScheduler"),
     "sd3": dict(path="stabilityai/stable-diffusion-3.5-medium", resolution=512),
 }
@@ -122,8 +121,8 @@ def alpha_sigma(t, alphas_cumprod=None):
     if alphas_cumprod is None:
         return 1 - t, t
     low = t.long().clamp(0, len(alphas_cumprod) - 1)
-    high = (low + 1).clamp(max=len(alphas_cumprod) - 1)
-    alpha_squared = torch.lerp(alphas_cumprod[low], alphas_cumprod[high], t - low)
+    high, rest = (low + 1).clamp(max=len(alphas_cumprod) - 1), (t - low).to(alphas_cumprod.dtype)
+    alpha_squared = torch.lerp(alphas_cumprod[low], alphas_cumprod[high], rest)
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
 
@@ -142,7 +141,7 @@ def predict_x0(x_t, out, alpha_t, sigma_t, prediction):
 
 
 def optimality_reward(raw, groups, z=5.0):
-    """r = 1/2 + 1/2 clip[(r_raw - mean of its group) / Z_c, -1, 1], the optimality (section 3.1).
+    """r = 1/2 + 1/2 clip[(r_raw - mean of its group) / Z_c, -1, 1], the optimality (section 3.3).
 
     raw: (B,) rewards, finite, of any unit. groups: (B,) integers, equal for images of one prompt.
     Z_c = z * (population std of all B rewards + 1e-4), as in the released code: with z = 5, a
@@ -172,8 +171,8 @@ def nft_loss(x0_theta, x0_old, x0, r, beta, distance=adaptive_loss):
     policy, the latter without gradient. x0: (B, ...), the sampled x_0. r: (B,) in [0, 1]. beta > 0.
     distance: (B, ...), (B, ...) -> (B,). No schedule enters: x_0 is affine in v (predict_x0).
     """
-    x0_positive = (1 - beta) * x0_old + beta * x0_theta     # implicit positive policy, v_theta^+
-    x0_negative = (1 + beta) * x0_old - beta * x0_theta     # implicit negative policy, v_theta^-
+    x0_positive = (1 - beta) * x0_old + beta * x0_theta     # implicit positive policy, line 10
+    x0_negative = (1 + beta) * x0_old - beta * x0_theta     # implicit negative policy, line 11
     loss = r * distance(x0_positive, x0) + (1 - r) * distance(x0_negative, x0)      # Eq. (5)
     # Departs from Eq. (5): over beta, as in the released code, so that beta moves the optimum
     # v_old + (2 / beta) Delta of Eq. (6) and not the size of the gradient.
@@ -205,14 +204,13 @@ class LoRA:
     `active` names the set in use; None is the base model, v_ref. A set is a list of fp32 tensors
     [A (rank, in), B (out, rank), A, B, ...]; a layer computes W x + 2 B A x (alpha = 2 rank).
     """
-
     def __init__(self, net, rank, seed):
         net.requires_grad_(False)
         self.names = [name for name, layer in net.named_modules()
                       if isinstance(layer, torch.nn.Linear) and TARGETS.search(name)]
         if not self.names:
             refuse(f"--model: {type(net).__name__} has no attention projections; take another one")
-        noise, start, self.active = generator(seed, "lora"), [], None
+        noise, start, self.active = generator(seed, "lora"), [], None   # layer i: 2i, 2i + 1
         for i, name in enumerate(self.names):
             layer = net.get_submodule(name)
             A = torch.randn(rank, layer.in_features, generator=noise) / rank    # peft's "gaussian"
@@ -224,7 +222,7 @@ class LoRA:
             x.requires_grad_()
 
     def add(self, x, out, i):
-        """out + 2 B A x for layer i, in the base's precision; gradients reach A and B in fp32."""
+        """out + 2 B A x for layer i, in the base's precision; gradients add up in fp32 A and B."""
         if self.active is None:
             return out
         A, B = self.sets[self.active][2 * i:2 * i + 2]
@@ -242,6 +240,15 @@ def generator(*key):
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
+@dataclasses.dataclass
+class Rollout:
+    """B samples: x_0 (B, ...) latents in fp32, images (B, 3, H, W) in [0, 1], and what the denoiser
+    was conditioned on, named as its arguments."""
+    x_0: torch.Tensor
+    images: torch.Tensor
+    condition: dict
+
+
 def map_tensors(f, *trees):
     """One tree for several of equal form (dicts, lists, tuples, Rollouts): f(tensors) at each
     tensor, the first one's value at anything else."""
@@ -257,45 +264,33 @@ def map_tensors(f, *trees):
     return first
 
 
-@dataclasses.dataclass
-class Rollout:
-    """B samples: x_0 (B, ...) latents in fp32, images (B, 3, H, W) in [0, 1], and what the denoiser
-    was conditioned on, named as its arguments."""
-    x_0: torch.Tensor
-    images: torch.Tensor
-    condition: dict
-
-
 class Model:
     """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
-
     def __init__(self, config):
         self.config, self.device = config, pick_device(config.device)
         self.dtype = pick_dtype(config.precision, self.device)
         self.pipe = load_pipeline(config, self.dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
-        self.net = getattr(self.pipe, self.component, None)
-        if self.net is None:
-            refuse(f"--model {config.model}: {type(self.pipe).__name__} has no unet or "
-                   "transformer; take a text-to-image pipeline")
+        self.net = getattr(self.pipe, self.component, None) or refuse(
+            f"--model {config.model}: {type(self.pipe).__name__} has no denoiser; take another")
         self.signature = inspect.signature(self.net.forward)
         self.input = next(iter(self.signature.parameters))              # "sample", "hidden_states"
         scheduler, vae = self.pipe.scheduler, self.pipe.vae
         self.T = scheduler.config.num_train_timesteps
         self.prediction = scheduler.config.get("prediction_type", "flow_prediction")
         flow = self.prediction == "flow_prediction"
+        if self.prediction not in ("flow_prediction", "epsilon", "v_prediction"):
+            refuse(f"--model {config.model}: predicts {self.prediction}; flow, epsilon or v can do")
         self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.to(self.device)
         unit = self.pipe.vae_scale_factor * (self.net.config.get("patch_size") or 1)
         if config.resolution % unit:
-            refuse(f"--resolution {config.resolution}: must be a multiple of {unit} for "
-                   f"this model; try {max(1, config.resolution // unit) * unit}")
+            refuse(f"--resolution {config.resolution}: must divide by {unit}; try {unit * 8}")
         if config.solver:
             self.pipe.scheduler = pick_solver(config.solver, scheduler, flow)
         if vae.config.get("force_upcast") and self.dtype == torch.float16:  # would overflow in fp16
-            vae.float()
-            for part in filter(None, (vae.post_quant_conv, vae.decoder)):
-                part.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+            decode = vae.float().decode
+            vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
         call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance,
                     height=config.resolution, width=config.resolution,
                     max_sequence_length=config.max_sequence_length)
@@ -308,7 +303,7 @@ class Model:
 
         seeds: a key an image, from which all of its noise comes, whatever the batch. -> Rollout
         """
-        calls, final = [], {}
+        calls, final = [], {}           # (rows, t, condition) of each call of the denoiser; x_0
 
         def record(_, args, kwargs):                    # what the denoiser is conditioned on
             given = dict(self.signature.bind(*args, **kwargs).arguments)
@@ -319,14 +314,11 @@ class Model:
             final["x_0"] = tensors["latents"].float()
             return {}
 
-        handle = self.net.register_forward_pre_hook(record, with_kwargs=True)
         self.lora.active = policy
-        try:
+        with self.net.register_forward_pre_hook(record, with_kwargs=True):      # for this call only
             images = self.pipe(list(prompts), generator=[generator(*seed) for seed in seeds],
                                callback_on_step_end=keep, output_type="pt", **self.call).images
-        finally:
-            handle.remove()
-            self.lora.active = None
+        self.lora.active = None
         B, (rows, t, condition) = len(prompts), calls[0]
         # FLUX divides time by 1000 before its denoiser sees it, others don't: seen, not assumed.
         self.time_scale = float(t) / float(self.pipe.scheduler.timesteps[0])
@@ -338,10 +330,10 @@ class Model:
     def predict(self, x_t, t, condition, policy):
         """The denoiser's output, fp32, like x_t (B, ...), under "theta", "old", "ema" or None."""
         self.lora.active = policy
-        inputs = {self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
-        out = self.net(**inputs, **condition)[0].float()
+        given = {**condition, self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
+        out = self.net(**given)[0]
         self.lora.active = None
-        return out
+        return out.float()
 
     def alpha_sigma(self, t):
         """alpha_t and sigma_t for times (B,) as the denoiser takes them."""
@@ -352,22 +344,23 @@ class Model:
 def pick_device(name):
     """The torch device of --device; auto is CUDA where there is one."""
     try:
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.empty(0, device=automatic if name == "auto" else name).device
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.empty(0, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as e:
-        refuse(f"--device {name}: must be usable here ({first_line(e)}); try --device auto")
+        refuse(f"--device {name}: must be usable here ({e!r:.200}); try --device auto")
 
 
 def pick_dtype(name, device):
     """The base model's dtype of --precision; auto is bf16 or fp16 on CUDA, fp32 elsewhere."""
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if name == "auto" and device.type == "cuda":      # T4 and V100 only emulate bf16
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
 
 
 def locate(path):
     """A path as it is, or else beside nft.py: presets work from any directory."""
-    return str(path if os.path.exists(path) or not (HERE / path).exists() else HERE / path)
+    beside = pathlib.Path(__file__).resolve().parent / path
+    return str(beside if beside.exists() and not os.path.exists(path) else path)
 
 
 def load_pipeline(config, dtype):
@@ -384,7 +377,7 @@ def load_pipeline(config, dtype):
         return diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
     except (OSError, ValueError, AttributeError) as e:
         refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
-               f"directory or a hub id within reach ({first_line(e)}); correct it")
+               f"directory or a hub id within reach ({e!r:.200}); correct it")
 
 
 def pick_solver(name, scheduler, flow):
@@ -393,16 +386,10 @@ def pick_solver(name, scheduler, flow):
     kind = getattr(diffusers, name, None)
     known = inspect.signature(kind).parameters if hasattr(kind, "set_timesteps") else ()
     if not known or flow and not ("use_flow_sigmas" in known or name.startswith("FlowMatch")):
-        refuse(f"--solver {name}: must be a scheduler class of diffusers that solves such a "
-               "model; try DPMSolverMultistepScheduler")
+        refuse(f"--solver {name}: must be a scheduler of diffusers for such a model; leave it out")
     given = dict(use_flow_sigmas=True, prediction_type="flow_prediction",
                  flow_shift=scheduler.config.shift) if flow and "use_flow_sigmas" in known else {}
     return kind.from_config(scheduler.config, **given)
-
-
-def first_line(error):
-    """An exception in one short line."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
 # ---- Rewards: f(images (B, 3, H, W) in [0, 1], prompts, metadata) -> B numbers -------------------
@@ -436,7 +423,7 @@ def jpeg(device):
 REWARDS = {"aesthetic": aesthetic, "jpeg": jpeg}
 
 
-def load_rewards(spec, device):
+def load_rewards(spec, device, flag="--reward"):
     """"NAME=W,FILE.py:FUNCTION" -> [(name, weight, function)]. Raises UserError."""
     rewards = []
     for part in filter(None, spec.split(",")):
@@ -444,6 +431,7 @@ def load_rewards(spec, device):
         path, _, function = name.rpartition(":")
         try:
             weight = float(weight or 1)
+            math.ceil(weight)                           # raises for nan and inf
             if path.endswith(".py"):
                 name, path = f"{pathlib.Path(path).stem}:{function}", locate(path)
                 sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for its imports
@@ -451,8 +439,8 @@ def load_rewards(spec, device):
             else:
                 call = REWARDS[name](device)
         except Exception as e:
-            refuse(f"--reward {part}: must be one of {', '.join(REWARDS)} with its model "
-                   f"within reach, or FILE.py:FUNCTION, then =WEIGHT ({first_line(e)})")
+            refuse(f"{flag} {part}: must be one of {', '.join(REWARDS)}, its model in reach, or "
+                   f"FILE.py:FUNCTION, and a finite =WEIGHT ({e!r:.200}); correct it")
         rewards.append((name, weight, call))
     return rewards
 
@@ -466,19 +454,17 @@ def score(rewards, images, prompts, metadata):
             result = call(images, list(prompts), [dict(m) for m in metadata])
             result = result[0] if isinstance(result, tuple) else result
             parts[name] = torch.as_tensor(result, dtype=torch.float32).detach().cpu()
-            if parts[name].shape != total.shape:
-                raise ValueError(f"shape {tuple(parts[name].shape)} for {len(images)} images")
-            if not parts[name].isfinite().all():
+            if parts[name].shape != total.shape or not parts[name].isfinite().all():
                 raise ValueError(f"{parts[name].tolist()} for {list(prompts)}")
         except Exception as e:
             raise RunError(f"reward {name} must return one finite number an image, and gave "
-                           f"{first_line(e)}; correct it")
+                           f"{e!r:.200}; correct it")
         total += weight * parts[name]
     return total, parts
 
 
 # ---- Prompts, pictures, the run directory --------------------------------------------------------
-def load_prompts(path):
+def load_prompts(path, flag="--prompts"):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
     try:
         lines = pathlib.Path(locate(path)).read_text("utf-8").splitlines()
@@ -488,16 +474,15 @@ def load_prompts(path):
         prompts[0]
         return prompts
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
-        refuse(f"--prompts {path}: must be a UTF-8 .txt, a prompt a line, or .jsonl, objects with "
-               f"`prompt`, and hold at least one ({first_line(e)}); correct it")
+        refuse(f"{flag} {path}: must be a UTF-8 .txt, a prompt a line, or .jsonl, objects with "
+               f"`prompt`, and hold at least one ({e!r:.200}); correct it")
 
 
 def draw_prompts(prompts, iteration, config):
     """The next `groups` prompts of a deck that is shuffled anew each time it is used up."""
-    def deck(epoch):
-        return random.Random(f"{config.seed} {epoch}").sample(prompts, len(prompts))
-    places = range((iteration - 1) * config.groups, iteration * config.groups)
-    return [deck(k // len(prompts))[k % len(prompts)] for k in places]
+    n, first = len(prompts), (iteration - 1) * config.groups
+    return [random.Random(f"{config.seed} {k // n}").sample(prompts, n)[k % n]
+            for k in range(first, first + config.groups)]
 
 
 def laplacian(images):
@@ -509,8 +494,8 @@ def laplacian(images):
 def to_pil(image):
     """(3, H, W) in [0, 1] -> an 8-bit PIL image."""
     from PIL import Image
-    pixels = (image.float().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.cpu().numpy())
 
 
 def picture_grid(cells, captions, path, columns):
@@ -537,7 +522,6 @@ def replace_file(path, write):
 
 class Run:
     """The run directory: config.json, metrics.jsonl, checkpoint.pt, samples/, pictures, weights."""
-
     def __init__(self, config):
         self.dir, self.rows, self.state = pathlib.Path(config.out), [], None
         file, text = self.dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
@@ -551,7 +535,7 @@ class Run:
             replace_file(file, lambda p: pathlib.Path(p).write_text(text + "\n"))
         except Exception as e:
             refuse(f"--out {self.dir}: must be a writable directory, and hold a run if it is to be "
-                   f"resumed ({first_line(e)}); take another one")
+                   f"resumed ({e!r:.200}); take another one")
 
     def log(self, row):
         """Add an object to metrics.jsonl, which is written whole: no torn or repeated line."""
@@ -576,13 +560,12 @@ def collect(model, rewards, prompts, seeds, policy, what):
     """Sample and score an image a (prompt, metadata): Rollout, r_raw (B,), parts {name: (B,)}."""
     from tqdm import tqdm
     chunks, size = [], model.config.batch_size
-    with tqdm(total=len(prompts), desc=what, unit="img", leave=False, disable=None) as bar:
-        for i in range(0, len(prompts), size):
-            texts, metadata = zip(*prompts[i:i + size])
-            rollout = model.sample(texts, seeds[i:i + size], policy)
-            chunks.append((rollout, *score(rewards, rollout.images, texts, metadata)))
-            bar.set_postfix(reward=f"{chunks[-1][1].mean():.3f}", refresh=False)
-            bar.update(len(texts))
+    bar = tqdm(range(0, len(prompts), size), what, unit="batch", leave=False, disable=None)
+    for i in bar:
+        texts, metadata = zip(*prompts[i:i + size])
+        rollout = model.sample(texts, seeds[i:i + size], policy)
+        chunks.append((rollout, *score(rewards, rollout.images, texts, metadata)))
+        bar.set_postfix(reward=f"{chunks[-1][1].mean():.3f}", refresh=False)
     size = chunks[0][1].shape                           # join what has a row an image
     return map_tensors(lambda *x: torch.cat(x) if x[0].shape[:1] == size else x[0], *chunks)
 
@@ -604,7 +587,7 @@ def evaluate(model, run, rewards, prompts, iteration):
 
 
 def pair_losses(model, rollout, index, t, eps, r):
-    """Lines 8 to 12 of Algorithm 1 for b pairs of an image and a time: three losses, each (b,).
+    """Lines 9 to 12 of Algorithm 1 for b pairs of an image and a time: three losses, each (b,).
 
     index: (b,) images of the rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
     Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
@@ -612,7 +595,7 @@ def pair_losses(model, rollout, index, t, eps, r):
     config, x_0, N = model.config, rollout.x_0[index], len(rollout.x_0)
     condition = map_tensors(lambda x: x[index] if x.shape[:1] == (N,) else x, rollout.condition)
     alpha_t, sigma_t = (a.view(-1, *[1] * (x_0.ndim - 1)) for a in model.alpha_sigma(t))
-    x_t = alpha_t * x_0 + sigma_t * eps                                         # forward process
+    x_t = alpha_t * x_0 + sigma_t * eps                     # forward process, line 9
     out_theta = model.predict(x_t, t, condition, "theta")
     with torch.no_grad():
         out_old = model.predict(x_t, t, condition, "old")
@@ -631,23 +614,22 @@ def pair_losses(model, rollout, index, t, eps, r):
 def train(config):
     """Algorithm 1: Collect, Reward, Optimize, Update. Returns the closing line for the user."""
     from tqdm import tqdm
-
     # Set up: whatever can be refused is refused before the run directory is written
     prompts, device = load_prompts(config.prompts), pick_device(config.device)
-    held_out = load_prompts(config.eval_prompts) if config.eval_prompts else \
+    held_out = load_prompts(config.eval_prompts, "--eval-prompts") if config.eval_prompts else \
         [prompts.pop() for _ in range(min(64, len(prompts) // 10))] or prompts
-    rewards = load_rewards(config.reward, device)
-    watched = rewards + [(name, 0.0, f) for name, _, f in load_rewards(config.watch, device)]
+    rewards = load_rewards(config.reward, device) or refuse("--reward: must name one; try jpeg")
+    watch = load_rewards(config.watch, device, "--watch")
+    watched = rewards + [(name, 0.0, call) for name, _, call in watch]
     model, run = Model(config), Run(config)
     lora, theta = model.lora, model.lora.sets["theta"]
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
     optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
     if run.state:
-        with torch.no_grad():
-            map_tensors(lambda ours, saved: ours.copy_(saved), lora.sets, run.state["lora"])
+        map_tensors(lambda ours, saved: ours.data.copy_(saved), lora.sets, run.state["lora"])
         optimizer.load_state_dict(run.state["optimizer"])
-        scaler.load_state_dict(run.state["scaler"])
+        scaler.load_state_dict(run.state["scaler"] or scaler.state_dict())
 
     def snapshot():
         """All that --resume needs, cloned: on a CPU, too, training must not change it."""
@@ -661,16 +643,17 @@ def train(config):
             row = {"iteration": 0, "images": 0, **evaluate(model, run, watched, held_out, 0)}
             run.log(row | {"skipped_steps": 0, "seconds": time.time() - started})
         started, done = time.time() - run.rows[-1]["seconds"], run.rows[-1]["iteration"]
-        bar = tqdm(total=config.iterations, initial=done, desc="train", position=1)
-        for iteration in range(done + 1, config.iterations + 1):
-            # Collect: K images of each prompt from the old policy, by any solver (lines 3 to 5)
+        bar = tqdm(range(done + 1, config.iterations + 1), "train", config.iterations,
+                   initial=done, position=1, disable=None)
+        for iteration in bar:
+            # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3)
             drawn = [prompt for prompt in draw_prompts(prompts, iteration, config)
                      for _ in range(config.group_size)]
             groups = torch.arange(config.groups).repeat_interleave(config.group_size)
             N, seeds = len(drawn), [(config.seed, iteration, i) for i in range(len(drawn))]
             rollout, raw, parts = collect(model, rewards, drawn, seeds, "old", "rollout")
 
-            # Reward: from r_raw of each image its optimality r in [0, 1] (lines 6 and 7)
+            # Reward: from r_raw of each image its optimality r in [0, 1] (lines 4 to 6)
             r = optimality_reward(raw, groups, config.z).to(device)
 
             # Optimize: pairs of an image and a time of the solver, Eq. (5), AdamW (lines 8 to 13)
@@ -678,12 +661,12 @@ def train(config):
             shuffled = torch.rand(N, len(model.times), generator=noise).argsort(1)
             chosen = model.times[shuffled[:, :config.train_times]]              # (N, train_times)
             sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
-            steps = tqdm(total=chosen.numel(), desc="optimize", leave=False, disable=None)
             first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
-            shards = torch.randperm(N, generator=noise).chunk(config.updates)
+            shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
             for step, shard in enumerate(shards, first):
                 index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
-                for some in torch.arange(len(index)).split(config.batch_size):
+                micro_batches = torch.arange(len(index)).split(config.batch_size)
+                for some in tqdm(micro_batches, f"step {step}", leave=False, disable=None):
                     eps = torch.randn(len(some), *rollout.x_0.shape[1:], generator=noise)
                     i = index[some].to(device)
                     losses = pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
@@ -694,9 +677,11 @@ def train(config):
                     scaler.scale(total).backward()
                     for key, x in zip(sums, losses):
                         sums[key] += x.sum().item() / chosen.numel()
-                    steps.update(len(some))
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)
+                if not (norm.isfinite() or scaler.is_enabled()):
+                    raise RunError(f"the gradient is {norm.item()} in iteration {iteration}; try a "
+                                   "smaller --lr, or --precision fp32")
                 warm = min(1.0, step / max(1, config.warmup))   # Adam's first steps are full size
                 optimizer.param_groups[0]["lr"] = config.lr * warm
                 scale = scaler.get_scale()
@@ -704,17 +689,15 @@ def train(config):
                 scaler.update()
                 skipped += scaler.get_scale() < scale               # overflow in fp16: no step made
                 optimizer.zero_grad(set_to_none=True)
-                sums["grad_norm"] += norm.item() / config.updates
-                lora.average("ema", 0.9)                            # what is evaluated and saved
-            steps.close()
+                sums["grad_norm"] += norm.nan_to_num(0, 0, 0).item() / config.updates
+                lora.average("ema", config.ema)                 # what is evaluated and saved
 
             # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta (line 14)
-            eta = soft_update_decay(iteration, config.eta)
-            lora.average("old", eta)
+            lora.average("old", eta := soft_update_decay(iteration, config.eta))
 
             # Log, evaluate, save
             rough = laplacian(rollout.images)
-            base = run.rows[1]["laplacian"] if iteration > 1 else rough    # of the base model
+            base = run.rows[1]["laplacian"] if iteration > 1 else rough    # old = base then
             row = {"iteration": iteration, "images": iteration * N, "reward": raw.mean().item(),
                    "reward_std": raw.std(correction=0).item(),
                    **{f"reward/{name}": x.mean().item() for name, x in parts.items()}, **sums,
@@ -722,8 +705,8 @@ def train(config):
                    "laplacian": rough, "roughness": rough / base, "skipped_steps": skipped}
             if not (warned or 0.67 < row["roughness"] < 1.5):
                 warned = True
-                mend = "grainy or blurred images; try larger --kl, smaller --lr or fewer --updates"
-                tqdm.write(f"warning, iteration {iteration}: roughness {rough / base:.2f}, {mend}")
+                tqdm.write(f"warning: roughness {rough / base:.2f} at iteration {iteration}: "
+                           "grainy or blurred; try larger --kl, smaller --lr or fewer --updates")
             final = iteration == config.iterations
             if final or iteration % config.eval_every == 0:
                 row.update(evaluate(model, run, watched, held_out, iteration))
@@ -732,22 +715,21 @@ def train(config):
             if final or iteration % config.save_every == 0:
                 run.save(last, lora.names, model.component)
             bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
-            bar.update()
-        bar.close()
         return conclude(model, run, held_out[:16])
     except (Exception, KeyboardInterrupt) as e:
         run.save(last, lora.names, model.component)
         done = last["rows"][-1]["iteration"] if last["rows"] else 0
-        e.saved = f"iteration {done} is saved; go on with: python nft.py --out {run.dir} --resume"
+        e.saved = f"; iteration {done} is saved, go on with: python nft.py --out {run.dir} --resume"
         raise
 
 
 def conclude(model, run, prompts):
     """Draw before_after.png, from the same noise by base and trained model; say where all is."""
-    texts = [p for p, _ in prompts]
     seeds = [("evaluation", i) for i in range(len(prompts))]
-    before, after = (model.sample(texts, seeds, policy).images for policy in (None, "ema"))
-    picture_grid(list(zip(before, after)), texts, run.dir / "before_after.png", columns=4)
+    before, after = (collect(model, [], prompts, seeds, policy, "compare")[0].images
+                     for policy in (None, "ema"))
+    picture_grid(list(zip(before, after)), [prompt for prompt, _ in prompts],
+                 run.dir / "before_after.png", columns=4)
     first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
     how = ", ".join(f"{name}={value:g}" for name, value in model.call.items())
     return (f"held-out reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} in "
@@ -767,17 +749,13 @@ def parse(argv):
             kind["choices"] = ("auto", "fp32", "bf16", "fp16")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default!r})", **kind)
-    return settle(vars(parser.parse_args(argv)))
-
-
-def settle(given):
-    """The given flags over the preset's row, or over a resumed run's own settings: a Config."""
+    given = vars(parser.parse_args(argv))       # over the preset's row, or a resumed run's settings
     preset = {k: v for k, v in PRESETS.get(given.get("model", "tiny"), {}).items() if k != "path"}
     if given.get("resume"):
         try:
             preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
         except (OSError, LookupError, ValueError) as e:
-            refuse(f"--resume: must come with --out DIR that holds a run ({first_line(e)}); add it")
+            refuse(f"--resume: must come with --out DIR that holds a run ({e!r:.200}); add it")
         free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
         for key in given.keys() - free:
             if given[key] != preset[key]:
@@ -786,7 +764,8 @@ def settle(given):
     config = Config(**{**preset, **given})
     for f in dataclasses.fields(Config):
         low, value = f.metadata["low"], getattr(config, f.name)
-        if low is not None and not (value > 0 if low == ">0" else low <= value < math.inf):
+        least = math.ulp(0.0) if low == ">0" else low               # the smallest positive number
+        if low is not None and not least <= value < math.inf:
             refuse(f"--{f.name.replace('_', '-')} {value}: must be a number "
                    f"{low if low == '>0' else f'>= {low}'}; try {preset.get(f.name, f.default)}")
     if config.updates > config.groups * config.group_size:
@@ -802,16 +781,15 @@ def settle(given):
 
 def main(argv=None):
     """Run the command line; returns the exit status: 0, 1 failed, 2 bad input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: save, exit 130
     try:
         print(train(parse(argv)))
         return 0
     except (Exception, KeyboardInterrupt) as e:
         status = {UserError: 2, KeyboardInterrupt: 130}.get(type(e), 1)
-        what = "interrupted" if status == 130 else str(e)
-        what = what if isinstance(e, (UserError, RunError, KeyboardInterrupt)) else first_line(e)
-        saved = getattr(e, "saved", "")                 # set by train(): how to go on
-        print(f"nft.py: {' '.join(what.split())}{saved and '; '}{saved}", file=sys.stderr)
+        what = "interrupted" if status == 130 else f"{e!r:.200}"
+        what = str(e) if isinstance(e, (UserError, RunError)) else what
+        print(f"nft.py: {' '.join(what.split())}{getattr(e, 'saved', '')}", file=sys.stderr)
         return status
 
 
