@@ -89,7 +89,7 @@ TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.t
             iterations=60, batch_size=64, updates=4, train_times=3, lr=1e-3, kl=0.1)
 PRESETS = {                                     # rows of defaults: no code depends on a name
     "tiny": dict(TINY, path="examples/tiny-sd15"),
-    "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=150,
+    "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=130,
                      kl=0.04, ema=0.98),
     "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1,
                  solver="DPMSolverMultistepScheduler"),
@@ -188,7 +188,7 @@ def soft_update_decay(i, schedule="0,0.001,0.5"):
     """
     numbers = [float(x) for x in str(schedule).split(",")]
     start, slope, top = numbers if len(numbers) == 3 else (-math.inf, 1.0, *numbers)
-    if not (0 <= top <= 1 and slope >= 0):
+    if not (0 <= top <= 1 and 0 <= slope < math.inf and start < math.inf):
         raise ValueError(f"eta {schedule}: must lie in [0, 1] and not fall")
     return min(max(slope * (i - start), 0.0), top)
 
@@ -583,7 +583,7 @@ def evaluate(model, run, rewards, prompts, iteration):
                f"roughness {rough / base:.2f}")
     return {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
             **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()},
-            "eval_laplacian": rough, "eval_roughness": rough / base}
+            "eval_laplacian": rough, "eval_roughness": rough / base, "roughness": rough / base}
 
 
 def pair_losses(model, rollout, index, t, eps, r):
