@@ -243,6 +243,7 @@ def test_theta_old_and_reference_share_one_base(name):
     assert torch.equal(new_model(name, fill=True).sample(TEXTS, SEEDS, None).images, plain)
     for policy in ("theta", "old", "ema"):
         assert torch.equal(new_model(name).sample(TEXTS, SEEDS, policy).images, plain)
+    assert 0.2 < new_model(name).lora.sets["theta"][0].std() < 0.3      # as in peft: 1 / rank
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 def test_diffusers_loads_the_weights(name):
@@ -384,15 +385,14 @@ def test_failure_is_named_and_nothing_lost(tmp_path, capsys, flags, says):
     out = run("sd15", 1, out=tmp_path / "run", iterations=9, **flags)
     error = capsys.readouterr().err
     assert re.search(f"{says}.*iteration 1 is saved.*--resume", error.strip().splitlines()[-1])
-    assert "Traceback" not in error and [row["iteration"] for row in metrics(out)] == [0, 1]
-    assert checkpoint(out) and (out / "pytorch_lora_weights.safetensors").exists()
+    assert "Traceback" not in error and checkpoint(out) and len(metrics(out)) == 2
 
 BAD = """model=no/such model={ROOT} reward=a-b reward={ROOT}/none.py:f reward={ROOT}/reward.py:none
 reward=jpeg=x reward= watch=none prompts=none.txt prompts={ROOT}/empty.txt prompts={ROOT}/binary.txt
 prompts={ROOT}/bad.jsonl eval_prompts=none.txt resolution=30 groups=0 groups=x group_size=-1 steps=0
 batch_size=0 iterations=0 updates=0 updates=7 train_times=0 rank=0 eval_every=0 save_every=0 lr=0.0
 lr=nan lr=inf beta=-1.0 z=0.0 kl=-0.1 guidance=-1.0 eta=1.5 solver=Nope device=gpu9 precision=fp8
-nonsense=1 out={ROOT}/runs/sd15 out={ROOT}/train.txt/x resume=True
+nonsense=1 ema=-0.1 out={ROOT}/runs/sd15 out={ROOT}/train.txt/x resume=True
 lr=9.0&resume=True&out={ROOT}/runs/sd15"""
 @pytest.mark.parametrize("flags", BAD.split())
 def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, flags):
