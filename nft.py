@@ -24,6 +24,7 @@ SPDX-License-Identifier: MIT
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -40,18 +41,19 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 
 # ---- Config: one typed field a flag --------------------------------------------------------------
-def flag(default, help, low=None):
+def flag(default, help, low=None, choices=None):
     """A field of Config and a command-line flag; a number is >= low, or > 0 for low = ">0"."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low})
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, choices=choices))
 
 
 @dataclasses.dataclass
 class Config:
     """Every setting. A preset (--model) replaces defaults; a flag always wins."""
-    model: str = flag("tiny", "tiny, tiny-sd3, sd15, sd3, a pipeline directory or a hub id")
+    model: str = flag("tiny", "tiny, tiny-sd3, sd15, sdxl, sd3, flux, a directory or a hub id")
     reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W or FILE.py:FUNCTION; aesthetic, jpeg")
     watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
     prompts: str = flag("examples/animals.txt", ".txt (one a line) or .jsonl (`prompt`, metadata)")
@@ -63,7 +65,8 @@ class Config:
     group_size: int = flag(12, "images a prompt, K", 2)
     batch_size: int = flag(4, "images in one forward pass; memory and speed only", 1)
     updates: int = flag(1, "optimizer steps an iteration, which share its images", 1)
-    train_times: int = flag(2, "noise levels t an image, among the sampler's own", 1)
+    train_times: int = flag(2, "noise levels t an image", 1)
+    times: str = flag("sampler", "where these lie", choices=("sampler", "uniform"))
     lr: float = flag(3e-4, "learning rate of AdamW", ">0")
     warmup: int = flag(10, "optimizer steps over which the learning rate rises", 0)
     beta: float = flag(1.0, "beta of Eq. (5): smaller is faster and less stable", ">0")
@@ -72,12 +75,12 @@ class Config:
     z: float = flag(5.0, "Z_c = z * std of the iteration's rewards: smaller spreads r more", ">0")
     ema: float = flag(0.9, "decay a step of the average of theta that is evaluated and saved", 0)
     rank: int = flag(32, "LoRA rank; alpha is twice the rank", 1)
-    solver: str = flag("", "scheduler class of diffusers; empty: the pipeline's own")
+    solver: str = flag("", "dpm2, euler ... or a class of diffusers; empty: the pipeline's own")
     steps: int = flag(10, "sampling steps", 1)
     guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", 1)
     resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", 0)
     max_sequence_length: int = flag(0, "text tokens, where a pipeline takes it; 0: its own", 0)
-    precision: str = flag("auto", "auto, fp32, bf16 or fp16: the frozen base; LoRA is fp32")
+    precision: str = flag("auto", "of the base", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = flag(0, "fixes prompts, noise and the adapter's start")
     eval_every: int = flag(10, "iterations between evaluations; the first is before training", 1)
@@ -85,29 +88,30 @@ class Config:
 
 
 TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.txt",
-            eval_prompts="examples/shapes_heldout.txt", solver="DPMSolverMultistepScheduler",
-            iterations=60, batch_size=64, updates=4, train_times=3, lr=1e-3, kl=0.1)
+            eval_prompts="examples/shapes_heldout.txt", solver="dpm2", iterations=60,
+            batch_size=64, updates=4, train_times=3, lr=1e-3, kl=0.1)
 PRESETS = {                                     # rows of defaults: no code depends on a name
     "tiny": dict(TINY, path="examples/tiny-sd15"),
     "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=130,
                      kl=0.04, ema=0.98),
-    "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1,
-                 solver="DPMSolverMultistepScheduler"),
+    "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1, solver="dpm2"),
+    "sdxl": dict(path="stabilityai/stable-diffusion-xl-base-1.0", kl=0.1, solver="dpm2"),
     "sd3": dict(path="stabilityai/stable-diffusion-3.5-medium", resolution=512),
+    "flux": dict(path="black-forest-labs/FLUX.1-dev", resolution=512, guidance=3.5),  # an input
 }
+SOLVERS = {                 # short names of diffusers' schedulers; flow takes the FlowMatch ones
+    "ddim": "DDIM", "ddpm": "DDPM", "euler": "EulerDiscrete", "euler-a": "EulerAncestralDiscrete",
+    "heun": "HeunDiscrete", "lcm": "LCM", "unipc": "UniPCMultistep", "dpm2": "DPMSolverMultistep",
+    "dpm2-sde": "DPMSolverMultistep"}
 
 
-class UserError(Exception):
-    """A bad flag or input: exit status 2, one line with the value, the rule and the mend."""
+class Failure(Exception):
+    """One line for the user: value, rule, mend; and the exit status: 2 bad input, 1 at run time."""
 
 
-class RunError(Exception):
-    """A failure at run time: exit status 1, one line; what was trained so far is saved."""
-
-
-def refuse(message):
-    """Raise UserError."""
-    raise UserError(message)
+def refuse(message, status=2):
+    """Raise Failure."""
+    raise Failure(message, status)
 
 
 # ---- The method: pure functions of tensors and scalars -------------------------------------------
@@ -115,14 +119,12 @@ def alpha_sigma(t, alphas_cumprod=None):
     """Coefficients of the forward process x_t = alpha_t x_0 + sigma_t eps (section 2).
 
     Rectified flow (alphas_cumprod None): t in [0, 1], alpha = 1 - t, sigma = t. Variance-preserving
-    otherwise: t in [0, T - 1] indexes alphas_cumprod (T,) = alpha^2, fractions are interpolated.
-    Returns (alpha_t, sigma_t), both shaped like t.
+    otherwise: t in [0, T - 1], rounded, indexes alphas_cumprod (T,) = alpha^2. Returns (alpha_t,
+    sigma_t), both shaped like t.
     """
     if alphas_cumprod is None:
         return 1 - t, t
-    low = t.long().clamp(0, len(alphas_cumprod) - 1)
-    high, rest = (low + 1).clamp(max=len(alphas_cumprod) - 1), (t - low).to(alphas_cumprod.dtype)
-    alpha_squared = torch.lerp(alphas_cumprod[low], alphas_cumprod[high], rest)
+    alpha_squared = alphas_cumprod[t.round().long()]
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
 
@@ -136,6 +138,7 @@ def predict_x0(x_t, out, alpha_t, sigma_t, prediction):
     if prediction == "flow_prediction":
         return x_t - sigma_t * out, sigma_t
     if prediction == "epsilon":
+        alpha_t = alpha_t.clamp_min(2 ** -12)           # 0 where the schedule ends in pure noise
         return (x_t - sigma_t * out) / alpha_t, sigma_t / alpha_t
     return alpha_t * x_t - sigma_t * out, sigma_t
 
@@ -217,9 +220,8 @@ class LoRA:
             B = torch.zeros(layer.out_features, rank)
             start += [A.to(layer.weight.device), B.to(layer.weight.device)]
             layer.register_forward_hook(lambda _, args, out, i=i: self.add(args[0], out, i))
-        self.sets = {name: [x.clone() for x in start] for name in ("theta", "old", "ema")}
-        for x in self.sets["theta"]:
-            x.requires_grad_()
+        self.sets = {name: [x.clone().requires_grad_(name == "theta") for x in start]
+                     for name in ("theta", "old", "ema")}
 
     def add(self, x, out, i):
         """out + 2 B A x for layer i, in the base's precision; gradients add up in fp32 A and B."""
@@ -240,57 +242,37 @@ def generator(*key):
     return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
-@dataclasses.dataclass
-class Rollout:
-    """B samples: x_0 (B, ...) latents in fp32, images (B, 3, H, W) in [0, 1], and what the denoiser
-    was conditioned on, named as its arguments."""
-    x_0: torch.Tensor
-    images: torch.Tensor
-    condition: dict
-
-
 def map_tensors(f, *trees):
-    """One tree for several of equal form (dicts, lists, tuples, Rollouts): f(tensors) at each
-    tensor, the first one's value at anything else."""
-    first = trees[0]
-    if isinstance(first, torch.Tensor):
-        return f(*trees)
-    if isinstance(first, Rollout):
-        return Rollout(**map_tensors(f, *map(vars, trees)))
-    if isinstance(first, dict):
-        return {k: map_tensors(f, *(tree[k] for tree in trees)) for k in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(map_tensors(f, *parts) for parts in zip(*trees))
-    return first
+    """One tree (dicts, lists, tuples) for several of equal form: f(tensors) at each tensor."""
+    return tree_map(lambda x, *rest: f(x, *rest) if isinstance(x, torch.Tensor) else x, *trees)
 
 
 class Model:
     """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
     def __init__(self, config):
-        self.config, self.device = config, pick_device(config.device)
-        self.dtype = pick_dtype(config.precision, self.device)
+        self.config, (self.device, self.dtype) = config, pick_device(config)
         self.pipe = load_pipeline(config, self.dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
-        self.net = getattr(self.pipe, self.component, None) or refuse(
-            f"--model {config.model}: {type(self.pipe).__name__} has no denoiser; take another")
+        self.net, scheduler = getattr(self.pipe, self.component), self.pipe.scheduler
         self.signature = inspect.signature(self.net.forward)
         self.input = next(iter(self.signature.parameters))              # "sample", "hidden_states"
-        scheduler, vae = self.pipe.scheduler, self.pipe.vae
         self.T = scheduler.config.num_train_timesteps
-        self.prediction = scheduler.config.get("prediction_type", "flow_prediction")
-        flow = self.prediction == "flow_prediction"
-        if self.prediction not in ("flow_prediction", "epsilon", "v_prediction"):
-            refuse(f"--model {config.model}: predicts {self.prediction}; flow, epsilon or v can do")
+        default = "flow_prediction" if "FlowMatch" in str(type(scheduler)) else None
+        self.prediction = scheduler.config.get("prediction_type", default)
+        flow, known = self.prediction == "flow_prediction", hasattr(scheduler, "alphas_cumprod")
+        if not (flow or known and self.prediction in ("epsilon", "v_prediction")):
+            refuse(f"--model {config.model}: {type(scheduler).__name__} of {self.prediction}: must "
+                   "have a known forward process; take a model that predicts flow, epsilon or v")
         self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.to(self.device)
         unit = self.pipe.vae_scale_factor * (self.net.config.get("patch_size") or 1)
         if config.resolution % unit:
             refuse(f"--resolution {config.resolution}: must divide by {unit}; try {unit * 8}")
         if config.solver:
-            self.pipe.scheduler = pick_solver(config.solver, scheduler, flow)
-        if vae.config.get("force_upcast") and self.dtype == torch.float16:  # would overflow in fp16
-            decode = vae.float().decode
-            vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
+            self.pipe.scheduler = pick_solver(config.solver, scheduler.config, flow)
+        if self.pipe.vae.config.get("force_upcast") and self.dtype == torch.float16:  # overflows
+            decode = self.pipe.vae.float().decode
+            self.pipe.vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
         call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance,
                     height=config.resolution, width=config.resolution,
                     max_sequence_length=config.max_sequence_length)
@@ -301,31 +283,41 @@ class Model:
     def sample(self, prompts, seeds, policy):
         """One image a prompt from the pipeline itself, under `policy`: "old", "ema" or None (base).
 
-        seeds: a key an image, from which all of its noise comes, whatever the batch. -> Rollout
+        seeds: a key an image, from which its noise comes. Returns {x_0: latents (B, ...) in fp32,
+        images: (B, 3, H, W) in [0, 1], condition: the denoiser's other arguments, by name}.
         """
-        calls, final = [], {}           # (rows, t, condition) of each call of the denoiser; x_0
+        seen, heard = [], []            # what the denoiser got and said; what the solver made of it
+        noise, step = [generator(*seed) for seed in seeds], self.pipe.scheduler.step
 
-        def record(_, args, kwargs):                    # what the denoiser is conditioned on
+        def record(_, args, kwargs, out):
             given = dict(self.signature.bind(*args, **kwargs).arguments)
-            x, t = given.pop(self.input), torch.as_tensor(given.pop("timestep"))
-            calls.append((len(x), t.flatten()[0].cpu(), given))
+            t = torch.as_tensor(given.pop("timestep")).flatten()[:1].cpu()
+            seen.append((t, out[0][:, :given.pop(self.input).shape[1]], given))
 
-        def keep(pipe, step, t, tensors):               # the last latents are x_0
-            final["x_0"] = tensors["latents"].float()
-            return {}
+        @functools.wraps(step)                          # pipelines look at its signature
+        def listen(out, t, *args, **kwargs):
+            heard.append((float(t), out, result := step(out, t, *args, **kwargs)))
+            return result
 
-        self.lora.active = policy
-        with self.net.register_forward_pre_hook(record, with_kwargs=True):      # for this call only
-            images = self.pipe(list(prompts), generator=[generator(*seed) for seed in seeds],
-                               callback_on_step_end=keep, output_type="pt", **self.call).images
+        torch.manual_seed(noise[0].initial_seed())      # SD3's and FLUX's solvers get no generator
+        self.lora.active, self.pipe.scheduler.step = policy, listen
+        with self.net.register_forward_hook(record, with_kwargs=True):      # for this call only
+            images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call).images
         self.lora.active = None
-        B, (rows, t, condition) = len(prompts), calls[0]
+        del self.pipe.scheduler.step
+        B, (_, out, condition) = len(prompts), seen[0]
+        if len(out) == 2 * B:   # guidance: the conditional model, the second half, is what we train
+            condition = map_tensors(lambda x: x[B:] if x.shape[:1] == (2 * B,) else x, condition)
         # FLUX divides time by 1000 before its denoiser sees it, others don't: seen, not assumed.
-        self.time_scale = float(t) / float(self.pipe.scheduler.timesteps[0])
-        if rows == 2 * B:       # guidance: the conditional model, the second half, is what we train
-            condition = map_tensors(lambda x: x[B:] if x.shape[:1] == (rows,) else x, condition)
-        self.times = torch.stack([t for _, t, _ in calls]).unique()     # as the denoiser takes them
-        return Rollout(final["x_0"], images.float().clamp(0, 1), condition)
+        # The solver must hear what the denoiser says: Lumina turns time around, Z-Image the sign.
+        self.time_scale, end = (seen[k][0].item() / heard[k][0] for k in (0, -1))
+        agree = torch.cosine_similarity(seen[-1][1][-B:].flatten(), heard[-1][1].flatten(), 0) > 0
+        if not (agree and abs(self.time_scale - end) < 0.02 * end):
+            refuse(f"--model {self.config.model}: {type(self.pipe).__name__} must not turn its "
+                   "denoiser's time or sign around; take another one")
+        self.times = torch.cat([t for t, _, _ in seen]).unique()        # as the denoiser takes them
+        x_0 = heard[-1][2][0].float()                   # what the solver's last step arrived at
+        return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
     def predict(self, x_t, t, condition, policy):
         """The denoiser's output, fp32, like x_t (B, ...), under "theta", "old", "ema" or None."""
@@ -333,28 +325,25 @@ class Model:
         given = {**condition, self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
         out = self.net(**given)[0]
         self.lora.active = None
-        return out.float()
+        return out[:, :x_t.shape[1]].float()            # a learned variance would come after it
 
-    def alpha_sigma(self, t):
-        """alpha_t and sigma_t for times (B,) as the denoiser takes them."""
-        t = t.to(self.device).float() / self.time_scale
+    def alpha_sigma(self, t, ndim=1):
+        """alpha_t, sigma_t at times (B,) as the denoiser takes them, shaped (B, 1, ...) of ndim."""
+        t = t.to(self.device).float().view(-1, *[1] * (ndim - 1)) / self.time_scale
         return alpha_sigma(t / self.T if self.alphas_cumprod is None else t, self.alphas_cumprod)
 
 
-def pick_device(name):
-    """The torch device of --device; auto is CUDA where there is one."""
+def pick_device(config):
+    """--device and the dtype of --precision; auto is CUDA with bf16 or fp16, else CPU with fp32."""
+    name, precision = config.device, config.precision
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.empty(0, device=auto if name == "auto" else name).device
+        device = torch.empty(0, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as e:
         refuse(f"--device {name}: must be usable here ({e!r:.200}); try --device auto")
-
-
-def pick_dtype(name, device):
-    """The base model's dtype of --precision; auto is bf16 or fp16 on CUDA, fp32 elsewhere."""
-    if name == "auto" and device.type == "cuda":      # T4 and V100 only emulate bf16
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
+    if precision == "auto" and device.type == "cuda":       # T4 and V100 only emulate bf16
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def locate(path):
@@ -370,26 +359,43 @@ def load_pipeline(config, dtype):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    path = locate(PRESETS.get(config.model, {}).get("path", config.model))
-    try:
-        parts = diffusers.DiffusionPipeline.load_config(path)
-        off = {k: None for k in ("safety_checker", "feature_extractor") if k in parts}
-        return diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
-    except (OSError, ValueError, AttributeError) as e:
+    path, problem = locate(PRESETS.get(config.model, {}).get("path", config.model)), None
+    for variant in ("fp16", None) if dtype != torch.float32 else (None,):       # half the download
+        try:
+            parts = diffusers.DiffusionPipeline.load_config(path)
+            off = {k: None for k in ("safety_checker", "feature_extractor") if k in parts}
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                path, dtype=dtype, variant=variant, **off)
+            break
+        except (OSError, ValueError, AttributeError) as e:
+            problem = e
+    else:
         refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
-               f"directory or a hub id within reach ({e!r:.200}); correct it")
+               f"directory or a hub id within reach ({problem!r:.200}); correct it")
+    pipe.watermark, takes = None, inspect.signature(pipe.__call__).parameters.keys()
+    if not ({"prompt", "height"} <= takes and hasattr(pipe, "vae")
+            and not takes & {"image", "num_frames"} and {"unet", "transformer"} & {*vars(pipe)}):
+        refuse(f"--model {config.model}: {type(pipe).__name__} must be a text-to-image pipeline "
+               "with a VAE and one denoiser; take another one")
+    return pipe
 
 
-def pick_solver(name, scheduler, flow):
-    """A scheduler of diffusers by class name, with the forward process of the pipeline's own."""
+def pick_solver(name, own, flow):
+    """A scheduler of diffusers by short or class name, with the forward process of config `own`."""
     import diffusers
-    kind = getattr(diffusers, name, None)
-    known = inspect.signature(kind).parameters if hasattr(kind, "set_timesteps") else ()
-    if not known or flow and not ("use_flow_sigmas" in known or name.startswith("FlowMatch")):
-        refuse(f"--solver {name}: must be a scheduler of diffusers for such a model; leave it out")
-    given = dict(use_flow_sigmas=True, prediction_type="flow_prediction",
-                 flow_shift=scheduler.config.shift) if flow and "use_flow_sigmas" in known else {}
-    return kind.from_config(scheduler.config, **given)
+    kind = SOLVERS.get(name, name.removesuffix("Scheduler")) + "Scheduler"
+    kind = flow and getattr(diffusers, f"FlowMatch{kind}", None) or getattr(diffusers, kind, None)
+    known = {*inspect.signature(kind).parameters} if hasattr(kind, "set_timesteps") else set()
+    if not known & ({"shift", "use_flow_sigmas"} if flow else {"beta_schedule"}):
+        refuse(f"--solver {name}: must be one of {', '.join(SOLVERS)}, or a scheduler class of "
+               f"diffusers, made for {'flow' if flow else 'such'} models; leave it out")
+    given = {"clip_sample": False}                      # latents are not confined to [-1, 1]
+    if name == "dpm2-sde":
+        given["algorithm_type"] = "sde-dpmsolver++"
+    if flow:
+        shift = own.get("shift", own.get("flow_shift", 1.0))
+        given.update(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+    return kind.from_config(own, **{k: given[k] for k in known & given.keys()})
 
 
 # ---- Rewards: f(images (B, 3, H, W) in [0, 1], prompts, metadata) -> B numbers -------------------
@@ -424,7 +430,7 @@ REWARDS = {"aesthetic": aesthetic, "jpeg": jpeg}
 
 
 def load_rewards(spec, device, flag="--reward"):
-    """"NAME=W,FILE.py:FUNCTION" -> [(name, weight, function)]. Raises UserError."""
+    """"NAME=W,FILE.py:FUNCTION" -> [(name, weight, function)]. Raises Failure."""
     rewards = []
     for part in filter(None, spec.split(",")):
         name, _, weight = part.partition("=")
@@ -447,7 +453,7 @@ def load_rewards(spec, device, flag="--reward"):
 
 @torch.no_grad()
 def score(rewards, images, prompts, metadata):
-    """r_raw (B,), a weighted sum, and its parts {name: (B,)}, fp32 on the CPU. Raises RunError."""
+    """r_raw (B,), a weighted sum, and its parts {name: (B,)}, fp32 on the CPU. Raises Failure."""
     parts, total = {}, torch.zeros(len(images))
     for name, weight, call in rewards:
         try:
@@ -457,8 +463,8 @@ def score(rewards, images, prompts, metadata):
             if parts[name].shape != total.shape or not parts[name].isfinite().all():
                 raise ValueError(f"{parts[name].tolist()} for {list(prompts)}")
         except Exception as e:
-            raise RunError(f"reward {name} must return one finite number an image, and gave "
-                           f"{e!r:.200}; correct it")
+            refuse(f"reward {name} must return one finite number an image, and gave {e!r:.200}; "
+                   "correct it", 1)
         total += weight * parts[name]
     return total, parts
 
@@ -498,19 +504,17 @@ def to_pil(image):
     return Image.fromarray(pixels.cpu().numpy())
 
 
-def picture_grid(cells, captions, path, columns):
-    """Save cells, each a list of images (3, H, W) side by side, with a caption under each."""
+def picture_grid(images, captions, path, columns):
+    """Save images (N, 3, H, W), enlarged where they are small, with a caption under each."""
     from PIL import Image, ImageDraw
-    side = 98 if cells[0][0].shape[-1] < 96 else 258                    # pixels, two of them margin
-    w, h = side * len(cells[0]) + 12, side + 34
-    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(cells) / columns)), "lightgray")
-    for n, (cell, caption) in enumerate(zip(cells, captions)):
-        x, y = n % columns * w + 6, n // columns * h + 4
-        for k, image in enumerate(cell):
-            picture = to_pil(image).resize((side - 2, side - 2), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x + k * side, y))
-        lines = textwrap.wrap(caption, (w - 12) // 7, max_lines=2)
-        ImageDraw.Draw(sheet).text((x, y + side), "\n".join(lines), fill="black")
+    h = 96 if images.shape[2] < 96 else 256
+    w, rows = h * images.shape[3] // images.shape[2], math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", ((w + 12) * columns, (h + 38) * rows), "lightgray")
+    for n, (image, caption) in enumerate(zip(images, captions)):
+        x, y = n % columns * (w + 12) + 6, n // columns * (h + 38) + 4
+        sheet.paste(to_pil(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
+        text = textwrap.fill(caption, w // 7, max_lines=2)
+        ImageDraw.Draw(sheet).text((x, y + h + 2), text, fill="black")
     sheet.save(path)
 
 
@@ -556,34 +560,38 @@ class Run:
 
 
 # ---- Training: Algorithm 1 -----------------------------------------------------------------------
-def collect(model, rewards, prompts, seeds, policy, what):
-    """Sample and score an image a (prompt, metadata): Rollout, r_raw (B,), parts {name: (B,)}."""
+def collect(model, rewards, prompts, key, policy):
+    """Sample and score an image a (prompt, metadata): a dict as Model.sample's, r_raw (B,), its
+    parts {name: (B,)}. Image i draws all its noise from (*key, i)."""
     from tqdm import tqdm
     chunks, size = [], model.config.batch_size
-    bar = tqdm(range(0, len(prompts), size), what, unit="batch", leave=False, disable=None)
+    bar = tqdm(range(0, len(prompts), size), f"sample {policy}", leave=False, disable=None)
     for i in bar:
         texts, metadata = zip(*prompts[i:i + size])
-        rollout = model.sample(texts, seeds[i:i + size], policy)
-        chunks.append((rollout, *score(rewards, rollout.images, texts, metadata)))
+        rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
+        chunks.append((rollout, *score(rewards, rollout["images"], texts, metadata)))
         bar.set_postfix(reward=f"{chunks[-1][1].mean():.3f}", refresh=False)
     size = chunks[0][1].shape                           # join what has a row an image
     return map_tensors(lambda *x: torch.cat(x) if x[0].shape[:1] == size else x[0], *chunks)
 
 
+def statistics(name, raw, parts):
+    """Mean and spread of r_raw, and the mean of each of its parts, as metrics.jsonl has them."""
+    return {name: raw.mean().item(), f"{name}_std": raw.std(correction=0).item(),
+            **{f"{name}/{part}": x.mean().item() for part, x in parts.items()}}
+
+
 def evaluate(model, run, rewards, prompts, iteration):
     """Held-out metrics: one image a prompt, the same noise every time. Saves a grid of sixteen."""
     from tqdm import tqdm
-    seeds = [("evaluation", i) for i in range(len(prompts))]
-    rollout, raw, parts = collect(model, rewards, prompts, seeds, "ema", "evaluate")
-    rough = laplacian(rollout.images)
-    base = run.rows[0]["eval_laplacian"] if run.rows else rough
-    picture_grid([[x] for x in rollout.images[:16]], [p for p, _ in prompts],
+    rollout, raw, parts = collect(model, rewards, prompts, ("evaluation",), "ema")
+    rough = laplacian(rollout["images"])
+    ratio = rough / (run.rows[0]["eval_laplacian"] if run.rows else rough)
+    picture_grid(rollout["images"][:16], [prompt for prompt, _ in prompts],
                  run.dir / "samples" / f"{iteration:06d}.png", columns=8)
     tqdm.write(f"iteration {iteration:4d}   held-out reward {raw.mean():.3f}   "
-               f"roughness {rough / base:.2f}")
-    return {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
-            **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()},
-            "eval_laplacian": rough, "eval_roughness": rough / base, "roughness": rough / base}
+               f"roughness {ratio:.2f}")
+    return {**statistics("eval_reward", raw, parts), "eval_laplacian": rough, "roughness": ratio}
 
 
 def pair_losses(model, rollout, index, t, eps, r):
@@ -592,9 +600,9 @@ def pair_losses(model, rollout, index, t, eps, r):
     index: (b,) images of the rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
     Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
     """
-    config, x_0, N = model.config, rollout.x_0[index], len(rollout.x_0)
-    condition = map_tensors(lambda x: x[index] if x.shape[:1] == (N,) else x, rollout.condition)
-    alpha_t, sigma_t = (a.view(-1, *[1] * (x_0.ndim - 1)) for a in model.alpha_sigma(t))
+    config, x_0, N = model.config, rollout["x_0"][index], len(rollout["x_0"])
+    condition = map_tensors(lambda x: x[index] if x.shape[:1] == (N,) else x, rollout["condition"])
+    alpha_t, sigma_t = model.alpha_sigma(t, x_0.ndim)
     x_t = alpha_t * x_0 + sigma_t * eps                     # forward process, line 9
     out_theta = model.predict(x_t, t, condition, "theta")
     with torch.no_grad():
@@ -615,12 +623,11 @@ def train(config):
     """Algorithm 1: Collect, Reward, Optimize, Update. Returns the closing line for the user."""
     from tqdm import tqdm
     # Set up: whatever can be refused is refused before the run directory is written
-    prompts, device = load_prompts(config.prompts), pick_device(config.device)
+    prompts, (device, _) = load_prompts(config.prompts), pick_device(config)
     held_out = load_prompts(config.eval_prompts, "--eval-prompts") if config.eval_prompts else \
         [prompts.pop() for _ in range(min(64, len(prompts) // 10))] or prompts
     rewards = load_rewards(config.reward, device) or refuse("--reward: must name one; try jpeg")
-    watch = load_rewards(config.watch, device, "--watch")
-    watched = rewards + [(name, 0.0, call) for name, _, call in watch]
+    watched = rewards + [(n, 0.0, f) for n, _, f in load_rewards(config.watch, device, "--watch")]
     model, run = Model(config), Run(config)
     lora, theta = model.lora, model.lora.sets["theta"]
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
@@ -650,8 +657,8 @@ def train(config):
             drawn = [prompt for prompt in draw_prompts(prompts, iteration, config)
                      for _ in range(config.group_size)]
             groups = torch.arange(config.groups).repeat_interleave(config.group_size)
-            N, seeds = len(drawn), [(config.seed, iteration, i) for i in range(len(drawn))]
-            rollout, raw, parts = collect(model, rewards, drawn, seeds, "old", "rollout")
+            N, key = len(drawn), (config.seed, iteration)
+            rollout, raw, parts = collect(model, rewards, drawn, key, "old")
 
             # Reward: from r_raw of each image its optimality r in [0, 1] (lines 4 to 6)
             r = optimality_reward(raw, groups, config.z).to(device)
@@ -660,6 +667,9 @@ def train(config):
             noise = generator(config.seed, iteration, "training")
             shuffled = torch.rand(N, len(model.times), generator=noise).argsort(1)
             chosen = model.times[shuffled[:, :config.train_times]]              # (N, train_times)
+            if config.times == "uniform":
+                u = 1 - torch.rand(N, config.train_times, generator=noise)          # in (0, 1]
+                chosen = u * model.time_scale * (model.T - (model.alphas_cumprod is not None))
             sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
             first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
             shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
@@ -667,23 +677,20 @@ def train(config):
                 index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
                 micro_batches = torch.arange(len(index)).split(config.batch_size)
                 for some in tqdm(micro_batches, f"step {step}", leave=False, disable=None):
-                    eps = torch.randn(len(some), *rollout.x_0.shape[1:], generator=noise)
+                    eps = torch.randn(len(some), *rollout["x_0"].shape[1:], generator=noise)
                     i = index[some].to(device)
                     losses = pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
                     total = (losses[0] + config.kl * losses[1]).sum() / len(index)
-                    if not torch.isfinite(total):
-                        raise RunError(f"the loss is {total.item()} in iteration {iteration}; try "
-                                       "a smaller --lr, or --precision bf16 or fp32")
                     scaler.scale(total).backward()
                     for key, x in zip(sums, losses):
                         sums[key] += x.sum().item() / chosen.numel()
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)
-                if not (norm.isfinite() or scaler.is_enabled()):
-                    raise RunError(f"the gradient is {norm.item()} in iteration {iteration}; try a "
-                                   "smaller --lr, or --precision fp32")
-                warm = min(1.0, step / max(1, config.warmup))   # Adam's first steps are full size
-                optimizer.param_groups[0]["lr"] = config.lr * warm
+                allowed = scaler.is_enabled() or norm.isfinite()    # fp16 may overflow: no step
+                if not (allowed and math.isfinite(sums["loss"] + sums["kl"])):
+                    refuse(f"the loss or its gradient in iteration {iteration} is not finite; "
+                           "try a smaller --lr, or --precision bf16 or fp32", 1)
+                optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup))
                 scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
@@ -696,12 +703,10 @@ def train(config):
             lora.average("old", eta := soft_update_decay(iteration, config.eta))
 
             # Log, evaluate, save
-            rough = laplacian(rollout.images)
+            rough = laplacian(rollout["images"])
             base = run.rows[1]["laplacian"] if iteration > 1 else rough    # old = base then
-            row = {"iteration": iteration, "images": iteration * N, "reward": raw.mean().item(),
-                   "reward_std": raw.std(correction=0).item(),
-                   **{f"reward/{name}": x.mean().item() for name, x in parts.items()}, **sums,
-                   "eta": eta, "r_std": r.std(correction=0).item(),
+            row = {"iteration": iteration, "images": iteration * N, "eta": eta, **sums,
+                   **statistics("reward", raw, parts), "r_std": r.std(correction=0).item(),
                    "laplacian": rough, "roughness": rough / base, "skipped_steps": skipped}
             if not (warned or 0.67 < row["roughness"] < 1.5):
                 warned = True
@@ -725,28 +730,26 @@ def train(config):
 
 def conclude(model, run, prompts):
     """Draw before_after.png, from the same noise by base and trained model; say where all is."""
-    seeds = [("evaluation", i) for i in range(len(prompts))]
-    before, after = (collect(model, [], prompts, seeds, policy, "compare")[0].images
-                     for policy in (None, "ema"))
-    picture_grid(list(zip(before, after)), [prompt for prompt, _ in prompts],
+    pair = [collect(model, [], prompts, ("evaluation",), policy)[0]["images"]
+            for policy in (None, "ema")]
+    picture_grid(torch.cat(pair, 3), [prompt for prompt, _ in prompts],
                  run.dir / "before_after.png", columns=4)
     first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
     how = ", ".join(f"{name}={value:g}" for name, value in model.call.items())
     return (f"held-out reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} in "
-            f"{last['seconds']:.0f} s; pictures: {run.dir}/before_after.png; "
-            f"weights: {run.dir}/pytorch_lora_weights.safetensors; to load them (needs peft):\n"
+            f"{last['seconds']:.0f} s; pictures: {run.dir}/before_after.png; weights: {run.dir}/"
+            "pytorch_lora_weights.safetensors; to load them (needs peft):\n"
             f'pipe = DiffusionPipeline.from_pretrained("{model.pipe.config._name_or_path}")\n'
             f'pipe.load_lora_weights("{run.dir}")  # then pipe(prompt, {how})')
 
 
 def parse(argv):
-    """Command line -> Config. Raises UserError."""
+    """Command line -> Config. Raises Failure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        if f.name == "precision":
-            kind["choices"] = ("auto", "fp32", "bf16", "fp16")
+        kind = {"action": "store_true"} if f.type is bool else {
+            "type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default!r})", **kind)
     given = vars(parser.parse_args(argv))       # over the preset's row, or a resumed run's settings
@@ -786,9 +789,8 @@ def main(argv=None):
         print(train(parse(argv)))
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        status = {UserError: 2, KeyboardInterrupt: 130}.get(type(e), 1)
-        what = "interrupted" if status == 130 else f"{e!r:.200}"
-        what = str(e) if isinstance(e, (UserError, RunError)) else what
+        known = {Failure: e.args, KeyboardInterrupt: ("interrupted", 130)}
+        what, status = known.get(type(e), (f"{e!r:.200}", 1))
         print(f"nft.py: {' '.join(what.split())}{getattr(e, 'saved', '')}", file=sys.stderr)
         return status
 

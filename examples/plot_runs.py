@@ -31,13 +31,13 @@ def main(path, *groups):
         runs = [read(folder) for folder in folders.split(",")]
         length = min(map(len, runs))
         x = np.mean([[row["seconds"] / 60 for row in run[:length]] for run in runs], 0)
-        for axis, key in zip(axes, ("eval_reward", "eval_roughness")):
+        for axis, key in zip(axes, ("eval_reward", "roughness")):
             y = np.array([[row[key] for row in run[:length]] for run in runs])
             axis.plot(x, y.mean(0), label=label)
             axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
         for folder, run in zip(folders.split(","), runs):
             print(f"{label:10s} {folder:24s} reward {run[0]['eval_reward']:.3f} -> {run[-1]['eval_reward']:.3f}"
-                  f"  roughness {run[-1]['eval_roughness']:.2f}  images {run[-1]['images']}"
+                  f"  roughness {run[-1]['roughness']:.2f}  images {run[-1]['images']}"
                   f"  seconds {run[-1]['seconds']:.0f}")
     for axis, name in zip(axes, ("held-out reward", "roughness (base = 1)")):
         axis.set(xlabel="minutes", ylabel=name)
