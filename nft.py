@@ -152,13 +152,12 @@ def optimality_reward(raw, groups, z=5.0):
     Returns r (B,), float32, in [0, 1]. Raises ValueError for a reward that is not finite.
     """
     raw = torch.as_tensor(raw).float()
+    groups = torch.as_tensor(groups, device=raw.device)
     if not torch.isfinite(raw).all():
         raise ValueError("a reward is not finite")
-    _, index = torch.unique(torch.as_tensor(groups, device=raw.device), return_inverse=True)
-    count = torch.bincount(index)
-    mean = torch.zeros_like(count, dtype=raw.dtype).index_add(0, index, raw) / count
+    mean = torch.stack([raw[groups == group].mean() for group in groups])
     Z_c = z * (raw.std(correction=0) + 1e-4)
-    return 0.5 + 0.5 * ((raw - mean[index]) / Z_c).clamp(-1, 1)
+    return 0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)
 
 
 def adaptive_loss(x0_hat, x_0):
@@ -211,8 +210,6 @@ class LoRA:
         net.requires_grad_(False)
         self.names = [name for name, layer in net.named_modules()
                       if isinstance(layer, torch.nn.Linear) and TARGETS.search(name)]
-        if not self.names:
-            refuse(f"--model: {type(net).__name__} has no attention projections; take another one")
         noise, start, self.active = generator(seed, "lora"), [], None   # layer i: 2i, 2i + 1
         for i, name in enumerate(self.names):
             layer = net.get_submodule(name)
@@ -255,19 +252,16 @@ class Model:
         self.pipe.set_progress_bar_config(disable=True)
         self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
         self.net, scheduler = getattr(self.pipe, self.component), self.pipe.scheduler
+        self.T = scheduler.config.num_train_timesteps
         self.signature = inspect.signature(self.net.forward)
         self.input = next(iter(self.signature.parameters))              # "sample", "hidden_states"
-        self.T = scheduler.config.num_train_timesteps
-        default = "flow_prediction" if "FlowMatch" in str(type(scheduler)) else None
-        self.prediction = scheduler.config.get("prediction_type", default)
+        self.prediction = "flow_prediction" if "FlowMatch" in str(type(scheduler)) else \
+            scheduler.config.get("prediction_type")
         flow, known = self.prediction == "flow_prediction", hasattr(scheduler, "alphas_cumprod")
         if not (flow or known and self.prediction in ("epsilon", "v_prediction")):
             refuse(f"--model {config.model}: {type(scheduler).__name__} of {self.prediction}: must "
                    "have a known forward process; take a model that predicts flow, epsilon or v")
         self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.to(self.device)
-        unit = self.pipe.vae_scale_factor * (self.net.config.get("patch_size") or 1)
-        if config.resolution % unit:
-            refuse(f"--resolution {config.resolution}: must divide by {unit}; try {unit * 8}")
         if config.solver:
             self.pipe.scheduler = pick_solver(config.solver, scheduler.config, flow)
         if self.pipe.vae.config.get("force_upcast") and self.dtype == torch.float16:  # overflows
@@ -278,6 +272,11 @@ class Model:
                     max_sequence_length=config.max_sequence_length)
         self.call = {name: value for name, value in call.items() if value}      # 0: its own default
         self.lora = LoRA(self.net, config.rank, config.seed)
+        try:                                        # what cannot run fails before we write anything
+            self.sample([""], [("probe",)], None)
+        except (ValueError, TypeError, RuntimeError) as e:
+            refuse(f"--model {config.model}, --solver {config.solver or 'its own'}, --resolution "
+                   f"{config.resolution}: must fit each other ({e!r:.300}); change one of them")
 
     @torch.no_grad()
     def sample(self, prompts, seeds, policy):
@@ -288,42 +287,48 @@ class Model:
         """
         seen, heard = [], []            # what the denoiser got and said; what the solver made of it
         noise, step = [generator(*seed) for seed in seeds], self.pipe.scheduler.step
-
         def record(_, args, kwargs, out):
             given = dict(self.signature.bind(*args, **kwargs).arguments)
             t = torch.as_tensor(given.pop("timestep")).flatten()[:1].cpu()
             seen.append((t, out[0][:, :given.pop(self.input).shape[1]], given))
-
         @functools.wraps(step)                          # pipelines look at its signature
         def listen(out, t, *args, **kwargs):
             heard.append((float(t), out, result := step(out, t, *args, **kwargs)))
             return result
-
         torch.manual_seed(noise[0].initial_seed())      # SD3's and FLUX's solvers get no generator
         self.lora.active, self.pipe.scheduler.step = policy, listen
         with self.net.register_forward_hook(record, with_kwargs=True):      # for this call only
             images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call).images
         self.lora.active = None
         del self.pipe.scheduler.step
-        B, (_, out, condition) = len(prompts), seen[0]
-        if len(out) == 2 * B:   # guidance: the conditional model, the second half, is what we train
-            condition = map_tensors(lambda x: x[B:] if x.shape[:1] == (2 * B,) else x, condition)
-        # FLUX divides time by 1000 before its denoiser sees it, others don't: seen, not assumed.
-        # The solver must hear what the denoiser says: Lumina turns time around, Z-Image the sign.
-        self.time_scale, end = (seen[k][0].item() / heard[k][0] for k in (0, -1))
-        agree = torch.cosine_similarity(seen[-1][1][-B:].flatten(), heard[-1][1].flatten(), 0) > 0
-        if not (agree and abs(self.time_scale - end) < 0.02 * end):
-            refuse(f"--model {self.config.model}: {type(self.pipe).__name__} must not turn its "
-                   "denoiser's time or sign around; take another one")
-        self.times = torch.cat([t for t, _, _ in seen]).unique()        # as the denoiser takes them
+        self.check_clock(seen, heard, B := len(prompts))
+        # With guidance the conditional half, the second, is what we train. What has no row an image
+        # (FLUX's ids) hides behind a function, so that it is never joined and never indexed.
+        _, out, condition = seen[0]
+        condition = map_tensors(lambda x: x[-B:] if x.shape[:1] == out.shape[:1] else
+                                functools.partial(x.clone), condition)
         x_0 = heard[-1][2][0].float()                   # what the solver's last step arrived at
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
+
+    def check_clock(self, seen, heard, B):
+        """Learn how the pipeline scales time; refuse one whose forward process is not what it says:
+        Lumina turns time around, HiDream the sign, CogView4's times are not its noise levels."""
+        times, scheduler = torch.cat([t for t, _, _ in seen]), self.pipe.scheduler
+        self.times, self.time_scale = times.unique(), times[0].item() / (heard[0][0] or 1)
+        sigma = self.alpha_sigma(times[::len(seen) // len(heard)])[1].cpu()
+        levels = torch.as_tensor(getattr(scheduler, "sigmas", sigma))[:len(sigma)]
+        if self.alphas_cumprod is not None and hasattr(scheduler, "sigmas"):
+            levels = levels / (1 + levels ** 2).sqrt()          # from sigma / alpha
+        agree = torch.cosine_similarity(seen[-1][1][-B:].flatten(), heard[-1][1].flatten(), 0) > 0
+        if not (agree and times[0] >= times[-1] and (levels - sigma).abs().max() < 0.02):
+            refuse(f"--model {self.config.model}: the denoiser and {type(scheduler).__name__} must "
+                   "agree on sign and noise levels; take another --solver, or another model")
 
     def predict(self, x_t, t, condition, policy):
         """The denoiser's output, fp32, like x_t (B, ...), under "theta", "old", "ema" or None."""
         self.lora.active = policy
-        given = {**condition, self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
-        out = self.net(**given)[0]
+        given = tree_map(lambda x: x() if callable(x) else x, condition)
+        out = self.net(**given, **{self.input: x_t.to(self.dtype)}, timestep=t.to(self.device))[0]
         self.lora.active = None
         return out[:, :x_t.shape[1]].float()            # a learned variance would come after it
 
@@ -373,10 +378,12 @@ def load_pipeline(config, dtype):
         refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
                f"directory or a hub id within reach ({problem!r:.200}); correct it")
     pipe.watermark, takes = None, inspect.signature(pipe.__call__).parameters.keys()
-    if not ({"prompt", "height"} <= takes and hasattr(pipe, "vae")
-            and not takes & {"image", "num_frames"} and {"unet", "transformer"} & {*vars(pipe)}):
+    net = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    other = {"image", "control_image", "num_frames", "frames", "video", "video_length"}
+    if not ({"prompt", "height"} <= takes and not other & takes and hasattr(pipe, "vae") and net
+            and "timestep" in inspect.signature(net.forward).parameters):
         refuse(f"--model {config.model}: {type(pipe).__name__} must be a text-to-image pipeline "
-               "with a VAE and one denoiser; take another one")
+               "with a VAE and one denoiser that takes `timestep`; take another one")
     return pipe
 
 
@@ -390,8 +397,7 @@ def pick_solver(name, own, flow):
         refuse(f"--solver {name}: must be one of {', '.join(SOLVERS)}, or a scheduler class of "
                f"diffusers, made for {'flow' if flow else 'such'} models; leave it out")
     given = {"clip_sample": False}                      # latents are not confined to [-1, 1]
-    if name == "dpm2-sde":
-        given["algorithm_type"] = "sde-dpmsolver++"
+    given |= {"algorithm_type": "sde-dpmsolver++"} if name == "dpm2-sde" else {}
     if flow:
         shift = own.get("shift", own.get("flow_shift", 1.0))
         given.update(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
@@ -408,7 +414,6 @@ def aesthetic(device):
     clip = CLIPVisionModelWithProjection.from_pretrained(name, dtype=torch.float32).to(device)
     head = torch.load(hf_hub_download("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
                       map_location=device, weights_only=True)
-
     def call(images, prompts, metadata):
         pixels = processor(images=[to_pil(x) for x in images], return_tensors="pt").pixel_values
         x = F.normalize(clip(pixels.to(device)).image_embeds, dim=-1)
@@ -504,17 +509,16 @@ def to_pil(image):
     return Image.fromarray(pixels.cpu().numpy())
 
 
-def picture_grid(images, captions, path, columns):
-    """Save images (N, 3, H, W), enlarged where they are small, with a caption under each."""
+def picture_grid(images, prompts, path, columns):
+    """Save images (N, 3, H, W), enlarged where they are small, with their prompts under them."""
     from PIL import Image, ImageDraw
     h = 96 if images.shape[2] < 96 else 256
     w, rows = h * images.shape[3] // images.shape[2], math.ceil(len(images) / columns)
     sheet = Image.new("RGB", ((w + 12) * columns, (h + 38) * rows), "lightgray")
-    for n, (image, caption) in enumerate(zip(images, captions)):
+    for n, (image, (caption, _)) in enumerate(zip(images, prompts)):
         x, y = n % columns * (w + 12) + 6, n // columns * (h + 38) + 4
         sheet.paste(to_pil(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
-        text = textwrap.fill(caption, w // 7, max_lines=2)
-        ImageDraw.Draw(sheet).text((x, y + h + 2), text, fill="black")
+        ImageDraw.Draw(sheet).text((x, y + h + 2), textwrap.fill(caption, w // 7), fill="black")
     sheet.save(path)
 
 
@@ -528,7 +532,7 @@ class Run:
     """The run directory: config.json, metrics.jsonl, checkpoint.pt, samples/, pictures, weights."""
     def __init__(self, config):
         self.dir, self.rows, self.state = pathlib.Path(config.out), [], None
-        file, text = self.dir / "config.json", json.dumps(dataclasses.asdict(config), indent=1)
+        file, text = self.dir / "config.json", json.dumps(vars(config), indent=1)
         if file.exists() and not config.resume:
             refuse(f"--out {self.dir}: holds a run; add --resume, or take another one")
         try:
@@ -571,8 +575,7 @@ def collect(model, rewards, prompts, key, policy):
         rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
         chunks.append((rollout, *score(rewards, rollout["images"], texts, metadata)))
         bar.set_postfix(reward=f"{chunks[-1][1].mean():.3f}", refresh=False)
-    size = chunks[0][1].shape                           # join what has a row an image
-    return map_tensors(lambda *x: torch.cat(x) if x[0].shape[:1] == size else x[0], *chunks)
+    return map_tensors(lambda *x: torch.cat(x), *chunks)
 
 
 def statistics(name, raw, parts):
@@ -587,8 +590,7 @@ def evaluate(model, run, rewards, prompts, iteration):
     rollout, raw, parts = collect(model, rewards, prompts, ("evaluation",), "ema")
     rough = laplacian(rollout["images"])
     ratio = rough / (run.rows[0]["eval_laplacian"] if run.rows else rough)
-    picture_grid(rollout["images"][:16], [prompt for prompt, _ in prompts],
-                 run.dir / "samples" / f"{iteration:06d}.png", columns=8)
+    picture_grid(rollout["images"][:16], prompts, run.dir / f"samples/{iteration:06d}.png", 8)
     tqdm.write(f"iteration {iteration:4d}   held-out reward {raw.mean():.3f}   "
                f"roughness {ratio:.2f}")
     return {**statistics("eval_reward", raw, parts), "eval_laplacian": rough, "roughness": ratio}
@@ -600,8 +602,8 @@ def pair_losses(model, rollout, index, t, eps, r):
     index: (b,) images of the rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
     Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
     """
-    config, x_0, N = model.config, rollout["x_0"][index], len(rollout["x_0"])
-    condition = map_tensors(lambda x: x[index] if x.shape[:1] == (N,) else x, rollout["condition"])
+    config, x_0 = model.config, rollout["x_0"][index]
+    condition = map_tensors(lambda x: x[index], rollout["condition"])
     alpha_t, sigma_t = model.alpha_sigma(t, x_0.ndim)
     x_t = alpha_t * x_0 + sigma_t * eps                     # forward process, line 9
     out_theta = model.predict(x_t, t, condition, "theta")
@@ -637,13 +639,11 @@ def train(config):
         map_tensors(lambda ours, saved: ours.data.copy_(saved), lora.sets, run.state["lora"])
         optimizer.load_state_dict(run.state["optimizer"])
         scaler.load_state_dict(run.state["scaler"] or scaler.state_dict())
-
     def snapshot():
         """All that --resume needs, cloned: on a CPU, too, training must not change it."""
         return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
             "rows": list(run.rows), "lora": lora.sets, "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict()})
-
     last, warned, started = snapshot(), False, time.time()
     try:
         if not run.rows:
@@ -732,8 +732,7 @@ def conclude(model, run, prompts):
     """Draw before_after.png, from the same noise by base and trained model; say where all is."""
     pair = [collect(model, [], prompts, ("evaluation",), policy)[0]["images"]
             for policy in (None, "ema")]
-    picture_grid(torch.cat(pair, 3), [prompt for prompt, _ in prompts],
-                 run.dir / "before_after.png", columns=4)
+    picture_grid(torch.cat(pair, 3), prompts, run.dir / "before_after.png", 4)
     first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
     how = ", ".join(f"{name}={value:g}" for name, value in model.call.items())
     return (f"held-out reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} in "
