@@ -133,7 +133,7 @@ def table(args):
         growth = np.mean([r[args.iterations]["loss"] / r[1]["loss"] for r in runs])
         print(f"| {ROWS[name][0]} | {reward.mean():.3f} ({', '.join(f'{x:.3f}' for x in reward)}) | "
               f"{', '.join(f'{x:.2f}' for x in rough)} | {', '.join(f'{x:.2f}' for x in watched)} | "
-              f"{growth:.2f} | {column('old_deviation').mean():.4f} |")
+              f"{growth:.2f} | {column('old_deviation').mean():.1e} |")
     if found:
         base = next(iter(found.values()))[0][0]
         health = [base[f"eval_reward/epsilon_study:{f}"] for f in ("pixel_mean", "pixel_std", "saturation")]
