@@ -63,9 +63,9 @@ class Config:
     iterations: int = flag(100, "iterations i of Algorithm 1", 1)
     groups: int = flag(16, "prompts an iteration", 1)
     group_size: int = flag(12, "images a prompt, K", 2)
-    batch_size: int = flag(4, "images in one forward pass; memory and speed only", 1)
+    batch_size: int = flag(4, "images in one forward pass: memory and speed", 1)
     updates: int = flag(1, "optimizer steps an iteration, which share its images", 1)
-    train_times: int = flag(2, "noise levels t an image", 1)
+    train_times: int = flag(2, "noise levels t an image, at most those of the sampler", 1)
     times: str = flag("sampler", "where these lie", choices=("sampler", "uniform"))
     lr: float = flag(3e-4, "learning rate of AdamW", ">0")
     warmup: int = flag(10, "optimizer steps over which the learning rate rises", 0)
@@ -156,7 +156,7 @@ def optimality_reward(raw, groups, z=5.0):
     if not torch.isfinite(raw).all():
         raise ValueError("a reward is not finite")
     mean = torch.stack([raw[groups == group].mean() for group in groups])
-    Z_c = z * (raw.std(correction=0) + 1e-4)
+    Z_c = z * (raw.std(correction=0) + 1e-4)        # Departs from section 3.3: as the released code
     return 0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)
 
 
@@ -189,8 +189,8 @@ def soft_update_decay(i, schedule="0,0.001,0.5"):
     75,0.0075,0.999. Returns a float in [0, 1]; raises ValueError where that cannot be.
     """
     numbers = [float(x) for x in str(schedule).split(",")]
-    start, slope, top = numbers if len(numbers) == 3 else (-math.inf, 1.0, *numbers)
-    if not (0 <= top <= 1 and 0 <= slope < math.inf and start < math.inf):
+    start, slope, top = numbers if len(numbers) == 3 else (0.0, 1e9, *numbers)
+    if not (0 <= top <= 1 and 0 <= slope < math.inf and abs(start) < math.inf):
         raise ValueError(f"eta {schedule}: must lie in [0, 1] and not fall")
     return min(max(slope * (i - start), 0.0), top)
 
@@ -274,7 +274,7 @@ class Model:
         self.lora = LoRA(self.net, config.rank, config.seed)
         try:                                        # what cannot run fails before we write anything
             self.sample([""], [("probe",)], None)
-        except (ValueError, TypeError, RuntimeError) as e:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
             refuse(f"--model {config.model}, --solver {config.solver or 'its own'}, --resolution "
                    f"{config.resolution}: must fit each other ({e!r:.300}); change one of them")
 
@@ -301,27 +301,31 @@ class Model:
             images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call).images
         self.lora.active = None
         del self.pipe.scheduler.step
-        self.check_clock(seen, heard, B := len(prompts))
+        _, out, condition = seen[0]
+        if not hasattr(self, "times"):                  # the probe: one image
+            self.check_clock(seen, heard)
+            self.shared = map_tensors(lambda x: x.shape[:1] != out.shape[:1], condition)
         # With guidance the conditional half, the second, is what we train. What has no row an image
         # (FLUX's ids) hides behind a function, so that it is never joined and never indexed.
-        _, out, condition = seen[0]
-        condition = map_tensors(lambda x: x[-B:] if x.shape[:1] == out.shape[:1] else
-                                functools.partial(x.clone), condition)
+        condition = map_tensors(lambda x, shared: functools.partial(x.clone) if shared else
+                                x[-len(prompts):], condition, self.shared)
         x_0 = heard[-1][2][0].float()                   # what the solver's last step arrived at
+        if not (x_0.isfinite().all() and images.isfinite().all()):
+            refuse("a sample is not finite; try --precision bf16 or fp32, or a smaller --lr", 1)
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
-    def check_clock(self, seen, heard, B):
+    def check_clock(self, seen, heard):
         """Learn how the pipeline scales time; refuse one whose forward process is not what it says:
         Lumina turns time around, HiDream the sign, CogView4's times are not its noise levels."""
-        times, scheduler = torch.cat([t for t, _, _ in seen]), self.pipe.scheduler
+        times, solver = torch.cat([t for t, _, _ in seen]), self.pipe.scheduler
         self.times, self.time_scale = times.unique(), times[0].item() / (heard[0][0] or 1)
-        sigma = self.alpha_sigma(times[::len(seen) // len(heard)])[1].cpu()
-        levels = torch.as_tensor(getattr(scheduler, "sigmas", sigma))[:len(sigma)]
-        if self.alphas_cumprod is not None and hasattr(scheduler, "sigmas"):
-            levels = levels / (1 + levels ** 2).sqrt()          # from sigma / alpha
-        agree = torch.cosine_similarity(seen[-1][1][-B:].flatten(), heard[-1][1].flatten(), 0) > 0
-        if not (agree and times[0] >= times[-1] and (levels - sigma).abs().max() < 0.02):
-            refuse(f"--model {self.config.model}: the denoiser and {type(scheduler).__name__} must "
+        _, sigma = self.alpha_sigma(times[::len(seen) // len(heard)])
+        ours, theirs = (sigma, solver.sigmas[:len(sigma)]) if self.alphas_cumprod is None else (
+            self.alphas_cumprod, solver.alphas_cumprod)
+        off = (ours.cpu() - theirs.cpu()).abs().max()
+        agree = torch.cosine_similarity(seen[-1][1][-1:].flatten(), heard[-1][1].flatten(), 0) > 0
+        if not (agree and times[0] >= times[-1] and off < 0.02):
+            refuse(f"--model {self.config.model}: its denoiser and {type(solver).__name__} must "
                    "agree on sign and noise levels; take another --solver, or another model")
 
     def predict(self, x_t, t, condition, policy):
@@ -340,12 +344,11 @@ class Model:
 
 def pick_device(config):
     """--device and the dtype of --precision; auto is CUDA with bf16 or fp16, else CPU with fp32."""
-    name, precision = config.device, config.precision
+    auto, precision = "cuda" if torch.cuda.is_available() else "cpu", config.precision
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.empty(0, device=auto if name == "auto" else name).device
+        device = torch.empty(0, device=config.device.replace("auto", auto)).device
     except (RuntimeError, AssertionError) as e:
-        refuse(f"--device {name}: must be usable here ({e!r:.200}); try --device auto")
+        refuse(f"--device {config.device}: must be usable here ({e!r:.200}); try --device auto")
     if precision == "auto" and device.type == "cuda":       # T4 and V100 only emulate bf16
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -381,9 +384,10 @@ def load_pipeline(config, dtype):
     net = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     other = {"image", "control_image", "num_frames", "frames", "video", "video_length"}
     if not ({"prompt", "height"} <= takes and not other & takes and hasattr(pipe, "vae") and net
-            and "timestep" in inspect.signature(net.forward).parameters):
+            and "timestep" in inspect.signature(net.forward).parameters
+            and any(TARGETS.search(name) for name, _ in net.named_modules())):
         refuse(f"--model {config.model}: {type(pipe).__name__} must be a text-to-image pipeline "
-               "with a VAE and one denoiser that takes `timestep`; take another one")
+               "with a VAE and one denoiser, with `timestep` and attention; take another one")
     return pipe
 
 
@@ -481,9 +485,7 @@ def load_prompts(path, flag="--prompts"):
         lines = pathlib.Path(locate(path)).read_text("utf-8").splitlines()
         rows = [json.loads(s) if path.endswith(".jsonl") else {"prompt": s.strip()}
                 for s in lines if s.strip()]
-        prompts = [(str(row.pop("prompt")), row) for row in rows]
-        prompts[0]
-        return prompts
+        return [(str(row.pop("prompt")), row) for row in rows] or rows[0]       # raises if empty
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
         refuse(f"{flag} {path}: must be a UTF-8 .txt, a prompt a line, or .jsonl, objects with "
                f"`prompt`, and hold at least one ({e!r:.200}); correct it")
@@ -566,7 +568,7 @@ class Run:
 # ---- Training: Algorithm 1 -----------------------------------------------------------------------
 def collect(model, rewards, prompts, key, policy):
     """Sample and score an image a (prompt, metadata): a dict as Model.sample's, r_raw (B,), its
-    parts {name: (B,)}. Image i draws all its noise from (*key, i)."""
+    parts {name: (B,)}. Image i starts from the noise of (*key, i)."""
     from tqdm import tqdm
     chunks, size = [], model.config.batch_size
     bar = tqdm(range(0, len(prompts), size), f"sample {policy}", leave=False, disable=None)
@@ -574,30 +576,29 @@ def collect(model, rewards, prompts, key, policy):
         texts, metadata = zip(*prompts[i:i + size])
         rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
         chunks.append((rollout, *score(rewards, rollout["images"], texts, metadata)))
+        rollout["images"] = rollout["images"].cpu()     # training needs them no more
         bar.set_postfix(reward=f"{chunks[-1][1].mean():.3f}", refresh=False)
     return map_tensors(lambda *x: torch.cat(x), *chunks)
 
 
-def statistics(name, raw, parts):
-    """Mean and spread of r_raw, and the mean of each of its parts, as metrics.jsonl has them."""
-    return {name: raw.mean().item(), f"{name}_std": raw.std(correction=0).item(),
-            **{f"{name}/{part}": x.mean().item() for part, x in parts.items()}}
-
-
 def evaluate(model, run, rewards, prompts, iteration):
-    """Held-out metrics: one image a prompt, the same noise every time. Saves a grid of sixteen."""
+    """Held-out metrics: one image a prompt, the same noise every time. Saves a grid of sixteen.
+    Departs from section 4: by theta's EMA and the run's own solver, not 40 first-order steps."""
     from tqdm import tqdm
     rollout, raw, parts = collect(model, rewards, prompts, ("evaluation",), "ema")
     rough = laplacian(rollout["images"])
     ratio = rough / (run.rows[0]["eval_laplacian"] if run.rows else rough)
     picture_grid(rollout["images"][:16], prompts, run.dir / f"samples/{iteration:06d}.png", 8)
+    advice = "" if 0.67 < ratio < 1.5 else ": grainy or blurred; try larger --kl or smaller --lr"
     tqdm.write(f"iteration {iteration:4d}   held-out reward {raw.mean():.3f}   "
-               f"roughness {ratio:.2f}")
-    return {**statistics("eval_reward", raw, parts), "eval_laplacian": rough, "roughness": ratio}
+               f"roughness {ratio:.2f}{advice}")
+    return {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
+            "eval_laplacian": rough, "roughness": ratio,
+            **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()}}
 
 
 def pair_losses(model, rollout, index, t, eps, r):
-    """Lines 9 to 12 of Algorithm 1 for b pairs of an image and a time: three losses, each (b,).
+    """Lines 9 to 11 and the loss of line 12, for b pairs of an image and a time: three, each (b,).
 
     index: (b,) images of the rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
     Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
@@ -644,7 +645,7 @@ def train(config):
         return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
             "rows": list(run.rows), "lora": lora.sets, "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict()})
-    last, warned, started = snapshot(), False, time.time()
+    last, started = snapshot(), time.time()
     try:
         if not run.rows:
             row = {"iteration": 0, "images": 0, **evaluate(model, run, watched, held_out, 0)}
@@ -666,26 +667,25 @@ def train(config):
             # Optimize: pairs of an image and a time of the solver, Eq. (5), AdamW (lines 8 to 13)
             noise = generator(config.seed, iteration, "training")
             shuffled = torch.rand(N, len(model.times), generator=noise).argsort(1)
-            chosen = model.times[shuffled[:, :config.train_times]]              # (N, train_times)
+            chosen = model.times[shuffled[:, :config.train_times]]  # Departs from appendix C: a few
             if config.times == "uniform":
-                u = 1 - torch.rand(N, config.train_times, generator=noise)          # in (0, 1]
-                chosen = u * model.time_scale * (model.T - (model.alphas_cumprod is not None))
+                t = model.T * (1 - torch.rand(N, config.train_times, generator=noise))  # (0, T]
+                chosen = t * model.time_scale if model.alphas_cumprod is None else t.ceil() - 1
             sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
             first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
             shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
             for step, shard in enumerate(shards, first):
                 index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
-                micro_batches = torch.arange(len(index)).split(config.batch_size)
-                for some in tqdm(micro_batches, f"step {step}", leave=False, disable=None):
+                for some in torch.arange(len(index)).split(config.batch_size):
                     eps = torch.randn(len(some), *rollout["x_0"].shape[1:], generator=noise)
                     i = index[some].to(device)
                     losses = pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
-                    total = (losses[0] + config.kl * losses[1]).sum() / len(index)
+                    total = (losses[0] + config.kl * losses[1]).sum() / len(index)  # Departs: KL
                     scaler.scale(total).backward()
                     for key, x in zip(sums, losses):
                         sums[key] += x.sum().item() / chosen.numel()
                 scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)
+                norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)   # Departs: as the released code
                 allowed = scaler.is_enabled() or norm.isfinite()    # fp16 may overflow: no step
                 if not (allowed and math.isfinite(sums["loss"] + sums["kl"])):
                     refuse(f"the loss or its gradient in iteration {iteration} is not finite; "
@@ -706,12 +706,10 @@ def train(config):
             rough = laplacian(rollout["images"])
             base = run.rows[1]["laplacian"] if iteration > 1 else rough    # old = base then
             row = {"iteration": iteration, "images": iteration * N, "eta": eta, **sums,
-                   **statistics("reward", raw, parts), "r_std": r.std(correction=0).item(),
+                   "reward": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
+                   **{f"reward/{name}": x.mean().item() for name, x in parts.items()},
+                   "r_std": r.std(correction=0).item(),
                    "laplacian": rough, "roughness": rough / base, "skipped_steps": skipped}
-            if not (warned or 0.67 < row["roughness"] < 1.5):
-                warned = True
-                tqdm.write(f"warning: roughness {rough / base:.2f} at iteration {iteration}: "
-                           "grainy or blurred; try larger --kl, smaller --lr or fewer --updates")
             final = iteration == config.iterations
             if final or iteration % config.eval_every == 0:
                 row.update(evaluate(model, run, watched, held_out, iteration))
@@ -739,7 +737,8 @@ def conclude(model, run, prompts):
             f"{last['seconds']:.0f} s; pictures: {run.dir}/before_after.png; weights: {run.dir}/"
             "pytorch_lora_weights.safetensors; to load them (needs peft):\n"
             f'pipe = DiffusionPipeline.from_pretrained("{model.pipe.config._name_or_path}")\n'
-            f'pipe.load_lora_weights("{run.dir}")  # then pipe(prompt, {how})')
+            f'pipe.load_lora_weights("{run.dir}")  # then pipe(prompt, {how}); '
+            f"the run sampled with {type(model.pipe.scheduler).__name__}")
 
 
 def parse(argv):
@@ -770,6 +769,8 @@ def parse(argv):
         if low is not None and not least <= value < math.inf:
             refuse(f"--{f.name.replace('_', '-')} {value}: must be a number "
                    f"{low if low == '>0' else f'>= {low}'}; try {preset.get(f.name, f.default)}")
+    if config.ema >= 1:
+        refuse(f"--ema {config.ema}: must be below 1; try {Config.ema}")
     if config.updates > config.groups * config.group_size:
         refuse(f"--updates {config.updates}: must be at most the images of an iteration; try 1")
     try:
