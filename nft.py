@@ -398,8 +398,8 @@ def pick_solver(name, own, flow):
     kind = flow and getattr(diffusers, f"FlowMatch{kind}", None) or getattr(diffusers, kind, None)
     known = {*inspect.signature(kind).parameters} if hasattr(kind, "set_timesteps") else set()
     if not known & ({"shift", "use_flow_sigmas"} if flow else {"beta_schedule"}):
-        refuse(f"--solver {name}: must be one of {', '.join(SOLVERS)}, or a scheduler class of "
-               f"diffusers, made for {'flow' if flow else 'such'} models; leave it out")
+        refuse(f"--solver {name}: must be a diffusers scheduler {'' if flow else 'not '}for flow, "
+               f"by class name or as {', '.join(SOLVERS)}; leave it out")
     given = {"clip_sample": False}                      # latents are not confined to [-1, 1]
     given |= {"algorithm_type": "sde-dpmsolver++"} if name == "dpm2-sde" else {}
     if flow:
@@ -470,7 +470,7 @@ def score(rewards, images, prompts, metadata):
             result = result[0] if isinstance(result, tuple) else result
             parts[name] = torch.as_tensor(result, dtype=torch.float32).detach().cpu()
             if parts[name].shape != total.shape or not parts[name].isfinite().all():
-                raise ValueError(f"{parts[name].tolist()} for {list(prompts)}")
+                raise ValueError(f"{[*parts[name].shape]}, {parts[name].tolist()} for {prompts}")
         except Exception as e:
             refuse(f"reward {name} must return one finite number an image, and gave {e!r:.200}; "
                    "correct it", 1)
@@ -629,10 +629,10 @@ def train(config):
     prompts, (device, _) = load_prompts(config.prompts), pick_device(config)
     held_out = load_prompts(config.eval_prompts, "--eval-prompts") if config.eval_prompts else \
         [prompts.pop() for _ in range(min(64, len(prompts) // 10))] or prompts
+    model = Model(config)
     rewards = load_rewards(config.reward, device) or refuse("--reward: must name one; try jpeg")
     watched = rewards + [(n, 0.0, f) for n, _, f in load_rewards(config.watch, device, "--watch")]
-    model, run = Model(config), Run(config)
-    lora, theta = model.lora, model.lora.sets["theta"]
+    run, lora, theta = Run(config), model.lora, model.lora.sets["theta"]
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
     optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
@@ -743,7 +743,7 @@ def conclude(model, run, prompts):
 
 def parse(argv):
     """Command line -> Config. Raises Failure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(epilog=f"Presets change these: {PRESETS}", allow_abbrev=False)
     parser.error = refuse
     for f in dataclasses.fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {
@@ -751,12 +751,13 @@ def parse(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default!r})", **kind)
     given = vars(parser.parse_args(argv))       # over the preset's row, or a resumed run's settings
-    preset = {k: v for k, v in PRESETS.get(given.get("model", "tiny"), {}).items() if k != "path"}
+    own = {"path", "eval_prompts" if "prompts" in given else ""}    # those held out go with others
+    preset = {k: v for k, v in PRESETS.get(given.get("model", "tiny"), {}).items() if k not in own}
     if given.get("resume"):
         try:
             preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
         except (OSError, LookupError, ValueError) as e:
-            refuse(f"--resume: must come with --out DIR that holds a run ({e!r:.200}); add it")
+            refuse(f"--resume: --out {given.get('out')} must hold a run ({e!r:.200}); correct it")
         free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
         for key in given.keys() - free:
             if given[key] != preset[key]:
@@ -766,18 +767,17 @@ def parse(argv):
     for f in dataclasses.fields(Config):
         low, value = f.metadata["low"], getattr(config, f.name)
         least = math.ulp(0.0) if low == ">0" else low               # the smallest positive number
-        if low is not None and not least <= value < math.inf:
+        if low is not None and not least <= value < (1 if f.name == "ema" else math.inf):
             refuse(f"--{f.name.replace('_', '-')} {value}: must be a number "
-                   f"{low if low == '>0' else f'>= {low}'}; try {preset.get(f.name, f.default)}")
-    if config.ema >= 1:
-        refuse(f"--ema {config.ema}: must be below 1; try {Config.ema}")
+                   f"{low if low == '>0' else f'>= {low}'}{', < 1' * (f.name == 'ema')}; "
+                   f"try {preset.get(f.name, f.default)}")
     if config.updates > config.groups * config.group_size:
         refuse(f"--updates {config.updates}: must be at most the images of an iteration; try 1")
     try:
         soft_update_decay(1, config.eta)
     except ValueError:
         refuse(f"--eta {config.eta}: must be in [0, 1], or START,SLOPE,MAX; try {Config.eta}")
-    names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(2, 10**6)))
+    names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(-2, -10000, -1)))
     config.out = config.out or next(name for name in names if not os.path.exists(name))
     return config
 
