@@ -93,7 +93,7 @@ TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.t
 PRESETS = {                                     # rows of defaults: no code depends on a name
     "tiny": dict(TINY, path="examples/tiny-sd15"),
     "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=130,
-                     kl=0.04, ema=0.98),
+                     lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20),
     "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1, solver="dpm2"),
     "sdxl": dict(path="stabilityai/stable-diffusion-xl-base-1.0", kl=0.1, solver="dpm2"),
     "sd3": dict(path="stabilityai/stable-diffusion-3.5-medium", resolution=512),
