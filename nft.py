@@ -718,7 +718,7 @@ def train(config):
             if final or iteration % config.save_every == 0:
                 run.save(last, lora.names, model.component)
             bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
-        return conclude(model, run, held_out[:16])
+        return conclude(model, run, [*dict(held_out).items()][:16])
     except (Exception, KeyboardInterrupt) as e:
         run.save(last, lora.names, model.component)
         done = last["rows"][-1]["iteration"] if last["rows"] else 0
@@ -728,8 +728,8 @@ def train(config):
 
 def conclude(model, run, prompts):
     """Draw before_after.png, from the same noise by base and trained model; say where all is."""
-    pair = [collect(model, [], prompts, ("evaluation",), policy)[0]["images"]
-            for policy in (None, "ema")]
+    pair = [F.pad(collect(model, [], prompts, ("evaluation",), policy)[0]["images"], (0, 2),
+                  value=0.83) for policy in (None, "ema")]      # a grey line between the two
     picture_grid(torch.cat(pair, 3), prompts, run.dir / "before_after.png", 4)
     first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
     how = ", ".join(f"{name}={value:g}" for name, value in model.call.items())

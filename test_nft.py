@@ -421,9 +421,9 @@ reward=jpeg=x reward= watch=none prompts=none.txt prompts={ROOT}/empty.txt promp
 prompts={ROOT}/bad.jsonl eval_prompts=none.txt resolution=30 groups=0 groups=x group_size=-1 steps=0
 batch_size=0 iterations=0 updates=0 updates=7 train_times=0 rank=0 eval_every=0 save_every=0 lr=0.0
 lr=nan lr=inf beta=-1.0 z=0.0 kl=-0.1 guidance=-1.0 eta=1.5 solver=Nope device=gpu9 precision=fp8
-nonsense=1 ema=-0.1 times=all model={ROOT}/sample model={ROOT}/edm model={ROOT}/inpaint
-solver=euler-a&model={ROOT}/sd3 out={ROOT}/runs/sd15 out={ROOT}/train.txt/x resume=True
-lr=9.0&resume=True&out={ROOT}/runs/sd15"""
+nonsense=1 ema=-0.1 ema=1.0 times=all model={ROOT}/sample model={ROOT}/edm model={ROOT}/inpaint
+solver=euler-a&model={ROOT}/sd3 model={ROOT}/sd15-v&solver=heun out={ROOT}/runs/sd15
+out={ROOT}/train.txt/x resume=True lr=9.0&resume=True&out={ROOT}/runs/sd15"""
 @pytest.mark.parametrize("flags", BAD.split())
 def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, flags):
     """Exit 2, one line with value, rule and mend, no traceback; nothing made, nothing changed."""
@@ -441,11 +441,11 @@ def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, flags):
     assert re.search(says, line) and tree() == before, line
 
 def test_presets_only_set_defaults():
-    """A flag wins over the preset, the preset over Config."""
+    """A flag wins over the preset, the preset over Config; own prompts bring their own held-out."""
     plain, preset, won = (nft.parse([*x, "--out", "x"]) for x in (["--model=x"], [], ["--lr=9"]))
     row = {k: v for k, v in nft.PRESETS["tiny"].items() if k != "path"} | {"out": "x"}
     assert plain == nft.Config(model="x", out="x") and preset == nft.Config(**row)
-    assert won == nft.Config(**row | {"lr": 9.0})
+    assert won == nft.Config(**row | {"lr": 9.0}) and nft.parse(["--prompts=x"]).eval_prompts == ""
 
 def test_rewards_add_up_and_watching_does_not(tmp_path):
     """Rewards are told prompts and metadata, and add up; a watched one is never trained on."""
@@ -484,8 +484,7 @@ def test_the_command_that_people_type(name, tmp_path):
     command = f"--model {name} --reward aesthetic --out {tmp_path}/run --device cpu".split()
     small = "--iterations 2 --groups 2 --group-size 2".split()
     if name == "sd15":
-        typed = [sys.executable, HERE / "nft.py", *command, *small]
-        assert subprocess.run(typed).returncode == 0
+        assert not subprocess.run([sys.executable, HERE / "nft.py", *command, *small]).returncode
         pipes = [nft.load_pipeline(nft.parse(command), x) for x in (torch.float32, torch.bfloat16)]
         assert [round(p.unet.conv_in.bias.mean().item()) for p in pipes] == [0, 1]  # 1: fp16's
         assert all(p.safety_checker is None for p in pipes)

@@ -1,4 +1,4 @@
-"""Held-out reward and roughness of one or more runs against time, as a PNG and a table.
+"""Held-out reward and roughness of one or more runs against iterations, as a PNG and a table.
 
     for s in 0 1 2; do python nft.py --seed $s --out runs/tiny-$s; done
     python examples/plot_runs.py curve.png tiny=runs/tiny-0,runs/tiny-1,runs/tiny-2
@@ -29,10 +29,11 @@ def main(path, *groups):
     for group in groups:
         label, _, folders = group.partition("=")
         runs = [read(folder) for folder in folders.split(",")]
-        length = min(map(len, runs))
-        x = np.mean([[row["seconds"] / 60 for row in run[:length]] for run in runs], 0)
+        shared = set.intersection(*({row["iteration"] for row in run} for run in runs))
+        runs = [[row for row in run if row["iteration"] in shared] for run in runs]
+        x = sorted(shared)
         for axis, key in zip(axes, ("eval_reward", "roughness")):
-            y = np.array([[row[key] for row in run[:length]] for run in runs])
+            y = np.array([[row[key] for row in run] for run in runs])
             axis.plot(x, y.mean(0), label=label)
             axis.fill_between(x, y.min(0), y.max(0), alpha=0.2)
         for folder, run in zip(folders.split(","), runs):
@@ -40,7 +41,7 @@ def main(path, *groups):
                   f"  roughness {run[-1]['roughness']:.2f}  images {run[-1]['images']}"
                   f"  seconds {run[-1]['seconds']:.0f}")
     for axis, name in zip(axes, ("held-out reward", "roughness (base = 1)")):
-        axis.set(xlabel="minutes", ylabel=name)
+        axis.set(xlabel="iteration", ylabel=name)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(0, 1)
     axes[1].set_ylim(0.6, 1.6)
