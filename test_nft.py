@@ -132,7 +132,8 @@ def test_forward_process():
     assert_close(alpha * x_0 + sigma * eps, scheduler.add_noise(x_0, eps, t))
     assert all(map(torch.equal, nft.alpha_sigma(sigma), (1 - sigma, sigma)))    # rectified flow
     for p in map(problem, ("flow_prediction", "epsilon", "v_prediction")):
-        assert_close(p.predict(p.target)[0], p.x_0)
+        assert_close(p.predict(p.target)[0], p.x_0)     # and alpha = 0 divides nothing
+        assert nft.predict_x0(eps, eps, 0 * sigma, 1 + 0 * sigma, p.kind)[0].isfinite().all()
 
 # ---- Pipelines, untrained where pictures don't matter, and small runs of them --------------------
 PIPES = pytest.mark.parametrize("name", ("sd15", "sdxl", "sd15-v", "sd3", "flux"))
@@ -247,9 +248,8 @@ def test_solvers(name):
         if name == "tiny-sd3" and solver in ("ddim", "ddpm", "euler-a"):
             pytest.raises(nft.Failure, new_model, name, **flags)
         else:
-            rollout = (model := new_model(name, **flags)).sample(TEXTS, SEEDS, "old")
-            assert len(model.times) >= 39 and rollout["x_0"].isfinite().all()
-            pictures[solver] = rollout["images"]
+            model = new_model(name, **flags)
+            pictures[solver] = model.sample(TEXTS, SEEDS, "old")["images"]
     for solver, x in pictures.items():
         off = (x - pictures["dpm2"]).abs().mean()
         assert (off > 0.01) == (solver in ("ddpm", "euler-a", "lcm", "dpm2-sde")), (solver, off)
