@@ -682,8 +682,8 @@ def train(config):
                     losses = pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
                     total = (losses[0] + config.kl * losses[1]).sum() / len(index)  # Departs: KL
                     scaler.scale(total).backward()
-                    for key, x in zip(sums, losses):
-                        sums[key] += x.sum().item() / chosen.numel()
+                    for name, x in zip(sums, losses):
+                        sums[name] += x.sum().item() / chosen.numel()
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)   # Departs: as the released code
                 allowed = scaler.is_enabled() or norm.isfinite()    # fp16 may overflow: no step

@@ -35,7 +35,7 @@ WEIGHTS = {
 # name: (what it changes, flags, weight, KL in the space of x_0, highest sigma / alpha trained on)
 ROWS = {
     "default": ("weight σ/(α+σ), KL 0.1, sampler's times", {}, "flow's", False, None),
-    "released": ("the flow code, verbatim: x_0 loss, KL 1e-4, no warm-up",
+    "released": ("the flow code's loss: x_0 weight σ/α, KL 1e-4, no warm-up",
                  dict(kl=1e-4, warmup=0), "x_0", False, None),
     "x_0": ("x_0-adaptive weight σ/α", {}, "x_0", False, None),
     "eps": ("ε self-normalised, weight 1", {}, "eps", False, None),
