@@ -23,7 +23,6 @@ Equation, section and line numbers are the paper's; README.md lists the departur
 SPDX-License-Identifier: MIT
 """
 import argparse
-import contextlib
 import dataclasses
 import functools
 import io
@@ -38,10 +37,11 @@ import signal
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from inspect import signature
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
@@ -103,19 +103,18 @@ SOLVERS = {                 # short names of diffusers' schedulers; flow takes t
     "dpm2-sde": "DPMSolverMultistep"}
 
 class Failure(Exception):
-    """One line for the user: value, rule, mend; and the exit status: 2 bad input, 1 at run time."""
+    """One line for the user: the value, the rule, the mend."""
 
-def refuse(message, status=2):
+def refuse(message):
     """Raise Failure."""
-    raise Failure(message, status)
+    raise Failure(message)
 
 # ---- The method: pure functions of tensors and scalars -------------------------------------------
 def alpha_sigma(t, alphas_cumprod=None):
     """Coefficients of the forward process x_t = alpha_t x_0 + sigma_t eps (section 2).
 
-    Rectified flow (alphas_cumprod None): t in [0, 1], alpha = 1 - t, sigma = t. Variance-preserving
-    otherwise: t in [0, T - 1], rounded, indexes alphas_cumprod (T,) = alpha^2. Returns (alpha_t,
-    sigma_t), both shaped like t.
+    Rectified flow (alphas_cumprod None): t in [0, 1], alpha = 1 - t, sigma = t. Otherwise t in
+    [0, T - 1], rounded, indexes alphas_cumprod (T,) = alpha^2. Both are shaped like t.
     """
     if alphas_cumprod is None:
         return 1 - t, t
@@ -190,7 +189,6 @@ TARGETS = re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$")
 
 class LoRA:
     """Adapter sets "theta", "old" and "ema" on the attention projections of `net`, by hooks.
-
     `active` names the set in use; None is the base model, v_ref. A set is a list of fp32 tensors
     [A (rank, in), B (out, rank), A, B, ...]; a layer computes W x + 2 B A x (alpha = 2 rank).
     """
@@ -235,38 +233,34 @@ class Model:
     """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
     def __init__(self, config):
         self.config, (self.device, self.dtype) = config, pick_device(config)
-        self.pipe = load_pipeline(config, self.dtype).to(self.device)
+        self.pipe = pipe = load_pipeline(config, self.dtype).to(self.device)
         try:                                        # what cannot run fails before we write anything
-            self.attach(config)
+            pipe.set_progress_bar_config(disable=True)
+            self.component = "unet" if hasattr(pipe, "unet") else "transformer"
+            self.net, solver = getattr(pipe, self.component), pipe.scheduler
+            self.T, self.signature = solver.config.num_train_timesteps, signature(self.net.forward)
+            self.input = next(iter(self.signature.parameters))          # "sample", "hidden_states"
+            named = "flow_prediction" if "FlowMatch" in str(type(solver)) else None
+            self.prediction = named or solver.config.get("prediction_type")
+            flow, known = self.prediction == "flow_prediction", hasattr(solver, "alphas_cumprod")
+            if not (flow or known and self.prediction in ("epsilon", "v_prediction")):
+                raise ValueError(f"{type(solver).__name__} of {self.prediction}: no flow, eps or v")
+            self.alphas_cumprod = None if flow else solver.alphas_cumprod.to(self.device)
+            if config.solver:
+                pipe.scheduler = pick_solver(config.solver, solver.config, flow)
+            if pipe.vae.config.get("force_upcast") and self.dtype == torch.float16:     # overflows
+                decode = pipe.vae.float().decode
+                pipe.vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
+            call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance,
+                        height=config.resolution, width=config.resolution,
+                        max_sequence_length=config.max_sequence_length)
+            self.call = {name: value for name, value in call.items() if value}  # 0: its own default
+            self.lora = LoRA(self.net, config.rank, config.seed)
             self.sample([""], [("probe",)], None)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as e:
             refuse(f"--model {config.model}: must be text to image with a VAE, one denoiser with "
                    f"attention and a known forward process, and fit --solver {config.solver} and "
                    f"--resolution {config.resolution}: {e!r:.300}; change one of them")
-
-    def attach(self, config):
-        """Find the denoiser and its forward process, put the solver in, and LoRA on."""
-        self.pipe.set_progress_bar_config(disable=True)
-        self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
-        self.net, scheduler = getattr(self.pipe, self.component), self.pipe.scheduler
-        self.T, self.signature = scheduler.config.num_train_timesteps, signature(self.net.forward)
-        self.input = next(iter(self.signature.parameters))              # "sample", "hidden_states"
-        self.prediction = "flow_prediction" if "FlowMatch" in str(type(scheduler)) else \
-            scheduler.config.get("prediction_type")
-        flow, known = self.prediction == "flow_prediction", hasattr(scheduler, "alphas_cumprod")
-        if not (flow or known and self.prediction in ("epsilon", "v_prediction")):
-            raise ValueError(f"{type(scheduler).__name__} of {self.prediction}: no flow, eps or v")
-        self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.to(self.device)
-        if config.solver:
-            self.pipe.scheduler = pick_solver(config.solver, scheduler.config, flow)
-        if self.pipe.vae.config.get("force_upcast") and self.dtype == torch.float16:  # overflows
-            decode = self.pipe.vae.float().decode
-            self.pipe.vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
-        call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance,
-                    height=config.resolution, width=config.resolution,
-                    max_sequence_length=config.max_sequence_length)
-        self.call = {name: value for name, value in call.items() if value}      # 0: its own default
-        self.lora = LoRA(self.net, config.rank, config.seed)
 
     @torch.no_grad()
     def sample(self, prompts, seeds, policy):
@@ -299,7 +293,7 @@ class Model:
                                 x[-len(prompts):], condition, self.shared)
         x_0 = heard[-1][2][0].float()                   # what the solver's last step arrived at
         if not (x_0.isfinite().all() and images.isfinite().all()):
-            refuse("a sample is not finite; try --precision bf16 or fp32, or a smaller --lr", 1)
+            refuse("a sample is not finite; try --precision bf16 or fp32, or a smaller --lr")
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
     def check_clock(self, seen, heard):
@@ -351,16 +345,13 @@ def load_pipeline(config, dtype):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    path, problem = locate(PRESETS.get(config.model, {}).get("path", config.model)), None
-    for variant in ("fp16", None) if dtype != torch.float32 else (None,):       # half the download
-        try:
-            return diffusers.DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, variant=variant, safety_checker=None, feature_extractor=None,
-                add_watermarker=False)
-        except (OSError, ValueError, AttributeError) as e:
-            problem = e
-    refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
-           f"directory or a hub id within reach ({problem!r:.200}); correct it")
+    path = locate(PRESETS.get(config.model, {}).get("path", config.model))
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            path, dtype=dtype, safety_checker=None, feature_extractor=None, add_watermarker=False)
+    except (OSError, ValueError, AttributeError) as e:
+        refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
+               f"directory or a hub id within reach ({e!r:.200}); correct it")
 
 def pick_solver(name, own, flow):
     """A scheduler of diffusers by short or class name, with the forward process of config `own`."""
@@ -379,91 +370,25 @@ def pick_solver(name, own, flow):
     return kind.from_config(own, **{k: given[k] for k in known & given.keys()})
 
 # ---- Rewards: f(images (B, 3, H, W) in [0, 1], prompts, metadata) -> B numbers -------------------
-@contextlib.contextmanager
-def fetching(repository):
-    """Any failure to load from `repository` of the hub becomes one line with the way round it."""
-    try:
-        yield
-    except Exception as e:
-        refuse(f"{repository} did not load ({e!r:.120}); offline, gated (`hf auth login`), disk "
-               f"full? a copy in ./{repository} is taken first: hf download REPO --local-dir REPO")
+REWARDS = "aesthetic", "clip", "pickscore", "jpeg", "incompressible"    # examples/named_rewards.py
 
-class Clip:
-    """CLIP of a hub repository in fp32, with the preprocessing of one: embeddings of length 1."""
-    def __init__(self, repository, device, preprocessing=None, reads=True):
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-        with fetching(repository):
-            self.model = CLIPModel.from_pretrained(repository, dtype=torch.float32)
-        with fetching(source := preprocessing or repository):
-            self.tokens = AutoTokenizer.from_pretrained(source) if reads else None
-            self.pixels = AutoImageProcessor.from_pretrained(source, backend="pil")
-        self.model.to(device)
-
-    def images(self, images):
-        """(B, 3, H, W) in [0, 1] -> (B, d)."""
-        given = self.pixels([to_pil(x) for x in images], return_tensors="pt")
-        x = self.model.get_image_features(**given.to(self.model.device))
-        return F.normalize(x.pooler_output, dim=-1)
-
-    def texts(self, texts):
-        """B strings, cut at the tokenizer's limit of 77 tokens -> (B, d)."""
-        given = self.tokens(texts, padding=True, truncation=True, return_tensors="pt")
-        x = self.model.get_text_features(**given.to(self.model.device))
-        return F.normalize(x.pooler_output, dim=-1)
-
-def aesthetic(device):
-    """LAION aesthetics V2, about 1 to 10: five linear layers on CLIP ViT-L/14's image embedding."""
-    from transformers.utils import cached_file
-    model = Clip("openai/clip-vit-large-patch14", device, reads=False)
-    with fetching(repository := "trl-lib/ddpo-aesthetic-predictor"):
-        head = torch.load(cached_file(repository, "aesthetic-model.pth"), device, weights_only=True)
-    def call(images, prompts, metadata):
-        x = model.images(images)
-        for i in (0, 2, 4, 6, 7):                       # no activation between: it was trained so
-            x = F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"])
-        return x[:, 0]
-    return call
-
-def clip(device):
-    """CLIPScore as a cosine, about 0.1 to 0.4: image against prompt by CLIP ViT-L/14."""
-    model = Clip("openai/clip-vit-large-patch14", device)
-    return lambda images, prompts, _: (model.images(images) * model.texts(prompts)).sum(1)
-
-def pickscore(device):
-    """PickScore v1 over 26, as in the paper, about 0.7 to 0.9: people's choice between images."""
-    model = Clip("yuvalkirstain/PickScore_v1", device, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    scale = model.model.logit_scale.exp() / 26
-    return lambda images, prompts, _: scale * (model.images(images) * model.texts(prompts)).sum(1)
-
-def jpeg(device, sign=-1):
-    """Minus the kilobytes of each image as JPEG of quality 95: DDPO's compressibility."""
-    def kilobytes(image):
-        to_pil(image).save(buffer := io.BytesIO(), "JPEG", quality=95)
-        return len(buffer.getvalue()) / 1000
-    return lambda images, prompts, metadata: [sign * kilobytes(image) for image in images]
-
-REWARDS = {"aesthetic": aesthetic, "clip": clip, "pickscore": pickscore, "jpeg": jpeg,
-           "incompressible": functools.partial(jpeg, sign=1)}
-
-def load_rewards(spec, device, flag="--reward", run=runpy.run_path):
+def load_rewards(spec, flag="--reward", run=runpy.run_path):
     """"NAME=W,FILE.py:FUNCTION" -> [(name, weight, function)]. Raises Failure."""
     rewards = []
     for part in filter(None, map(str.strip, spec.split(","))):
         name, _, weight = part.partition("=")
-        path, _, function = name.rpartition(":")
+        path, _, function = (f"examples/named_rewards.py:{name}" if name in REWARDS else name
+                             ).rpartition(":")
         try:
             math.ceil(weight := float(weight or 1))     # raises for nan and inf
-            if path.endswith(".py"):
-                name, path = f"{pathlib.Path(path).stem}:{function}", locate(path)
-                sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for its imports
-                call = run(path)[function]
-            else:
-                call = REWARDS[name](device)
-        except (Exception, SystemExit) as e:            # a model that did not load has said why
+            sys.path.insert(0, os.path.dirname(os.path.abspath(locate(path))))  # for its imports
+            call = run(locate(path))[function]
+        except (Exception, SystemExit) as e:
             refuse(f"{flag} {part}: " + (e.args[0] if isinstance(e, Failure) else
                    f"must be one of {', '.join(REWARDS)}, or FILE.py:FUNCTION such as "
                    f"examples/ocr.py:reward, and a finite =WEIGHT ({e!r:.200}); correct it"))
-        rewards.append((name, weight, call))
+        short = name if name in REWARDS else f"{pathlib.Path(path).stem}:{function}"
+        rewards.append((short, weight, call))
     return rewards
 
 @torch.no_grad()
@@ -482,11 +407,11 @@ def score(rewards, images, prompts, metadata, first=0):
                 raise ValueError(f"{parts[name][i]} for image {first + i}, prompt {prompts[i]!r}")
         except (Exception, SystemExit) as e:            # what nft.refuse said is said
             refuse(f"reward {name}: " + (e.args[0] if isinstance(e, Failure) else "must return one "
-                   f"finite number an image, and gave {e!r:.300}; correct it"), 1)
+                   f"finite number an image, and gave {e!r:.300}; correct it"))
         total += weight * parts[name]
     return total, parts
 
-# ---- Prompts, pictures, the run directory --------------------------------------------------------
+# ---- Prompts, pictures, the run directory, processes --------------------------------------------
 def load_prompts(path, flag="--prompts"):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
     try:
@@ -525,85 +450,133 @@ def picture_grid(images, prompts, path, columns):
         x, y = n % columns * (w + 12) + 6, n // columns * (h + 38) + 4
         sheet.paste(to_pil(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
         ImageDraw.Draw(sheet).text((x, y + h + 2), textwrap.fill(caption[:w // 2], w // 6), fill=0)
-    sheet.save(path)
+    sheet.save(buffer := io.BytesIO(), "PNG")
+    replace_file(path, buffer.getvalue())
 
-def replace_file(path, write):
-    """write(temporary path), then rename: whoever reads `path` finds it whole."""
-    write(f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def replace_file(path, data, before=None):
+    """Write bytes under another name, sync, rename: whoever reads `path` finds it whole. What was
+    there becomes `before`."""
+    if RANK == 0:
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if before and os.path.exists(path):
+            os.replace(path, before)
+        os.replace(f"{path}.tmp", path)
 
 class Run:
-    """The run directory: config.json, metrics.jsonl, checkpoint.pt, samples/, pictures, weights."""
-    def __init__(self, config):
-        self.dir, self.rows, self.state = pathlib.Path(config.out), [], None
-        file, text = self.dir / "config.json", json.dumps(vars(config), indent=1)
+    """The run directory: config.json, metrics.jsonl, two checkpoints, samples/, pictures, weights.
+    restore: takes a checkpoint's dict, puts it in place, raises if it does not fit."""
+    def __init__(self, config, restore):
+        self.dir, self.rows = pathlib.Path(config.out), []
+        file, text = self.dir / "config.json", json.dumps(vars(config), indent=1) + "\n"
         try:
-            if config.resume:
-                self.state = torch.load(self.dir / "checkpoint.pt", "cpu", weights_only=True)
-                self.rows = self.state["rows"]
-            elif file.exists():
+            if state := self.read() if config.resume else None:
+                restore(state)
+                self.rows = state["rows"]
+            elif file.exists() and not config.resume and RANK == 0:
                 raise FileExistsError("a run is there")
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            replace_file(file, lambda p: pathlib.Path(p).write_text(text + "\n"))
+            replace_file(file, text.encode())
         except Exception as e:
             refuse(f"--out {self.dir}: must be writable, and hold a run just if that is to be "
                    f"resumed ({e!r:.200}); add --resume, or take another one")
+
+    def read(self):
+        """The newest whole checkpoint; None before the first. Raises if all are damaged."""
+        problem = None
+        for file in (self.dir / "checkpoint.pt", self.dir / "checkpoint-before.pt"):
+            try:
+                if not (problem := zipfile.ZipFile(file).testzip()):    # checks all its checksums
+                    return torch.load(file, "cpu", weights_only=True)
+            except FileNotFoundError:
+                continue
+            except Exception as e:
+                problem = e
+            print(f"nft.py: {file} is damaged ({problem!r:.100})", file=sys.stderr)
+        return problem and refuse("no checkpoint is whole")
 
     def log(self, row):
         """Add an object to metrics.jsonl, which is written whole: no torn or repeated line."""
         self.rows.append(row)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        replace_file(self.dir / "metrics.jsonl", lambda p: pathlib.Path(p).write_text(text))
+        replace_file(self.dir / "metrics.jsonl", text.encode())
 
     def save(self, state, names, component):
         """Write the checkpoint, and its EMA weights for pipe.load_lora_weights(DIR)."""
-        from safetensors.torch import save_file
-        replace_file(self.dir / "checkpoint.pt", lambda p: torch.save(state, p))
+        from safetensors.torch import save
+        torch.save(state, buffer := io.BytesIO())
+        replace_file(self.dir / "checkpoint.pt", buffer.getvalue(),
+                     self.dir / "checkpoint-before.pt")
         ema, tensors = state["lora"]["ema"], {}
         for name, A, B in zip(names, ema[::2], ema[1::2]):
             tensors[f"{component}.{name}.lora_A.weight"] = A.contiguous()
             tensors[f"{component}.{name}.lora_B.weight"] = (2 * B).contiguous()     # alpha / rank
-        replace_file(self.dir / "pytorch_lora_weights.safetensors",
-                     lambda p: save_file(tensors, p, {"format": "pt"}))
+        replace_file(self.dir / "pytorch_lora_weights.safetensors", save(tensors, {"format": "pt"}))
+
+# Under torchrun each process samples, scores and trains its share of the images.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def join():
+    """Meet the other processes of torchrun, if there are any; only the first one shows progress."""
+    if WORLD > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()                       # NCCL for CUDA tensors, gloo for others
+        if RANK:
+            sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+
+def gather(x):
+    """[x of process 0, x of process 1, ...], for anything on the CPU."""
+    everyone = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, x)
+    return everyone
+
+def share(n):
+    """This process's part of range(n)."""
+    return range(n * RANK // WORLD, n * (RANK + 1) // WORLD)
 
 # ---- Training: Algorithm 1 -----------------------------------------------------------------------
 def collect(model, rewards, prompts, key, policy):
     """Sample and score an image a (prompt, metadata), image i from the noise of (*key, i). Returns
-    Model.sample's dict, with 16 of the images and the Laplacian of all; r_raw (B,); its parts."""
+    {x_0, condition} of this process's share with the first 16 images, and the Laplacian and the
+    standard deviation of the pixels of all; r_raw (B,); its parts."""
     from tqdm import tqdm
-    chunks, size = [], model.config.batch_size
-    with ThreadPoolExecutor(1) as scorer:
-        for i in tqdm(range(0, len(prompts), size), f"sample {policy}", leave=False, disable=None):
-            texts, metadata = zip(*prompts[i:i + size])
-            rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
-            ask = functools.partial(score, rewards, rollout["images"], texts, metadata, i)
-            scores = functools.partial(tuple, ask()) if model.device.type == "cpu" else \
-                scorer.submit(ask).result           # beside the next batch, where a GPU samples it
-            kept = rollout["images"][:max(0, 16 - i)].to("cpu", copy=True)      # for picture grids
-            rollout |= {"images": kept, "laplacian": laplacian(rollout["images"])}
-            chunks.append((rollout, scores))
-            chunks[-2:][0][1]()                     # one batch may wait; a failure stops here
-    return map_tensors(lambda *x: torch.cat(x), *[(x, *scores()) for x, scores in chunks])
+    kept, shown, mine, size = [], [], share(len(prompts)), model.config.batch_size
+    for i in tqdm(mine[::size], f"sample {policy}", leave=False, disable=None):
+        texts, metadata = zip(*prompts[i:min(i + size, mine.stop)])
+        rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
+        images = rollout.pop("images")
+        first = images[:max(0, 16 - i)].to("cpu", copy=True)            # for picture grids
+        shown.append(({"images": first, "laplacian": laplacian(images).cpu(),
+                       "pixel_std": images.flatten(1).std(1).cpu()},
+                      *score(rewards, images, texts, metadata, i)))
+        kept.append(rollout)
+    of_all, raw, parts = map_tensors(lambda *x: torch.cat(x), *sum(gather(shown), []))
+    return (map_tensors(lambda *x: torch.cat(x), *kept) if kept else {}) | of_all, raw, parts
 
 def evaluate(model, run, rewards, prompts, iteration):
     """Held-out metrics: one image a prompt, the same noise every time. Saves a grid of sixteen.
     Departs from section 4: by theta's EMA and the run's own solver, not 40 first-order steps."""
     from tqdm import tqdm
     rollout, raw, parts = collect(model, rewards, prompts, ("evaluation",), "ema")
-    rough = rollout["laplacian"].mean().item()
-    ratio = rough / max(run.rows[0]["eval_laplacian"] if run.rows else rough, 1e-9)
-    picture_grid(rollout["images"], prompts, run.dir / f"samples/{iteration:06d}.png", 8)
+    row = {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
+           **{f"eval_{name}": rollout[name].mean().item() for name in ("laplacian", "pixel_std")},
+           **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()}}
+    base = run.rows[0] if run.rows else row
+    row["roughness"] = ratio = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
+    flat = [name for name in ("eval_pixel_std", "eval_reward_std") if row[name] < base[name] / 10]
     advice = "" if 0.67 < ratio < 1.5 else ": grainy or blurred; try larger --kl or smaller --lr"
+    advice += f"; {flat} under a tenth of the base's: collapsed, if not solved" if flat else ""
+    picture_grid(rollout["images"], prompts, run.dir / f"samples/{iteration:06d}.png", 8)
     tqdm.write(f"iteration {iteration:4d}   held-out reward {raw.mean():.3f}   "
                f"roughness {ratio:.2f}{advice}")
-    return {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
-            "eval_laplacian": rough, "roughness": ratio,
-            **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()}}
+    return row
 
 def pair_losses(model, rollout, index, t, eps, r):
     """Lines 9 to 11 and the loss of line 12, for b pairs of an image and a time: three, each (b,).
-
-    index: (b,) images of the rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
+    index: (b,) images of rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
     Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
     """
     config, x_0 = model.config, rollout["x_0"][index]
@@ -631,24 +604,28 @@ def train(config):
     prompts = load_prompts(config.prompts)
     held_out = load_prompts(config.eval_prompts, "--eval-prompts") if config.eval_prompts else \
         [prompts.pop() for _ in range(min(64, len(prompts) // 10))] or prompts
-    device, files = pick_device(config)[0], functools.cache(runpy.run_path)     # one load a file
-    rewards, watched = (load_rewards(getattr(config, name), device, f"--{name}", files)
+    files = functools.cache(runpy.run_path)                 # a file is run once for both flags
+    rewards, watched = (load_rewards(getattr(config, name), f"--{name}", files)
                         for name in ("reward", "watch"))
     watched = rewards + [(name, 0.0, call) for name, _, call in watched]
     model = Model(config) if rewards else refuse("--reward: must name one; try jpeg")
-    run, lora, theta = Run(config), model.lora, model.lora.sets["theta"]
+    device, lora, theta = model.device, model.lora, model.lora.sets["theta"]
+    collect(model, watched, prompts[:1], ("probe",), None)      # loads what the rewards need
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
     optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    if run.state:
-        map_tensors(lambda ours, saved: ours.data.copy_(saved), lora.sets, run.state["lora"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        scaler.load_state_dict(run.state["scaler"] or scaler.state_dict())
-    def snapshot():
-        # All that --resume needs, cloned: on a CPU, too, training must not change it
+    data = generator(prompts, held_out).initial_seed()
+    def snapshot():                     # all that --resume needs: random draws have keys instead
         return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
             "rows": list(run.rows), "lora": lora.sets, "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict()})
+            "scaler": scaler.state_dict(), "data": data})
+    def restore(state):
+        if state["data"] != data:
+            raise ValueError("the prompts are not those that it began with")
+        map_tensors(lambda x, y: x.data.copy_(y.view_as(x)), lora.sets, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    run = Run(config, restore)
     last, started, warned = snapshot(), time.time(), False
     try:
         if not run.rows:
@@ -663,6 +640,7 @@ def train(config):
             K, key = config.group_size, (config.seed, iteration)
             drawn = [c for c in draw_prompts(prompts, iteration, config) for _ in range(K)]
             N, groups = len(drawn), torch.arange(config.groups).repeat_interleave(K)
+            torch.manual_seed(generator(*key).initial_seed())   # for rewards that draw
             rollout, raw, parts = collect(model, rewards, drawn, key, "old")
 
             # Reward: from r_raw of each image its optimality r in [0, 1] (lines 4 to 6)
@@ -680,30 +658,38 @@ def train(config):
                 chosen = t * model.time_scale if model.alphas_cumprod is None else t.ceil() - 1
             sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
             first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
-            shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
+            shards, mine = torch.randperm(N, generator=noise).tensor_split(config.updates), share(N)
             for step, shard in enumerate(shards, first):
                 index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
-                for some in torch.arange(len(index)).split(config.batch_size):
-                    eps = torch.randn(len(some), *rollout["x_0"].shape[1:], generator=noise)
-                    i = index[some].to(device)
-                    losses = pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
+                pairs = ((index >= mine.start) & (index < mine.stop)).nonzero().flatten()
+                for x in theta:
+                    x.grad = torch.zeros_like(x)
+                for some in pairs.split(config.batch_size) if len(pairs) else ():
+                    noises = (generator(config.seed, step, pair) for pair in some.tolist())
+                    eps = torch.stack([torch.randn(rollout["x_0"].shape[1:], generator=g)
+                                       for g in noises])
+                    i = (index[some] - mine.start).to(device)
+                    losses = pair_losses(model, rollout, i, t[some], eps.to(device),
+                                         r[index[some].to(device)])
                     total = (losses[0] + config.kl * losses[1]).sum() / len(index)  # Departs: KL
+                    if len(bad := index[some][~(losses[0] + losses[1]).isfinite().cpu()]):
+                        refuse(f"the loss of prompt {drawn[bad[0]][0]!r} is not finite; try a "
+                               "smaller --lr, or --precision bf16 or fp32")
                     scaler.scale(total).backward()
                     for name, x in zip(sums, losses):
                         sums[name] += x.sum().item() / chosen.numel()
+                for x in theta if WORLD > 1 else ():
+                    dist.all_reduce(x.grad)                 # each process holds a part of the sum
                 scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)   # Departs: as the released code
-                allowed = scaler.is_enabled() or norm.isfinite()    # fp16 may overflow: no step
-                if not (allowed and math.isfinite(sums["loss"] + sums["kl"])):
-                    refuse(f"the loss or its gradient in iteration {iteration} is not finite; "
-                           "try a smaller --lr, or --precision bf16 or fp32", 1)
+                if not (scaler.is_enabled() or norm.isfinite()):    # fp16 may overflow: no step
+                    refuse("the gradient is not finite; try a smaller --lr")
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup))
                 scale = scaler.get_scale()
                 scaler.step(optimizer)
                 scaler.update()
                 skipped += scaler.get_scale() < scale               # overflow in fp16: no step made
-                optimizer.zero_grad(set_to_none=True)
-                sums["grad_norm"] += norm.nan_to_num(0, 0, 0).item() / config.updates
+                sums["grad_norm"] += norm.nan_to_num(0, 0, 0).item() / config.updates / WORLD
                 lora.average("ema", config.ema)                 # what is evaluated and saved
 
             # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta (line 14)
@@ -712,6 +698,7 @@ def train(config):
             # Log, evaluate, save
             rough = rollout["laplacian"].mean().item()
             base = max(1e-9, run.rows[1]["laplacian"] if iteration > 1 else rough)  # of old = base
+            sums = {name: sum(each[name] for each in gather(sums)) for name in sums}
             row = {"iteration": iteration, "images": iteration * N, "eta": eta, **sums,
                    "reward": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
                    **{f"reward/{name}": x.mean().item() for name, x in parts.items()},
@@ -727,9 +714,13 @@ def train(config):
             bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
         return conclude(model, run, [*dict(held_out).items()][:16])
     except (Exception, KeyboardInterrupt) as e:
-        run.save(last, lora.names, model.component)
-        done = last["rows"][-1]["iteration"] if last["rows"] else 0
-        e.saved = f"; iteration {done} is saved, go on with: python nft.py --out {run.dir} --resume"
+        saved = f"iteration {max(0, len(last['rows']) - 1)}"
+        try:
+            run.save(last, lora.names, model.component)
+        except OSError:                         # a full disk: the checkpoint before still stands
+            saved = "an earlier iteration"
+        e.saved = f" (iteration {len(last['rows'])}); {saved} is saved, go on with: " \
+                  f"python nft.py --out {run.dir} --resume"
         raise
 
 def conclude(model, run, prompts):
@@ -779,20 +770,29 @@ def parse(argv):
     except ValueError:
         refuse(f"--eta {config.eta}: must be in [0, 1], or START,SLOPE,MAX; try {Config.eta}")
     names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(-2, -10000, -1)))
-    config.out = config.out or next(name for name in names if not os.path.exists(name))
+    config.out = config.out or gather(next(name for name in names if not os.path.exists(name)))[0]
     return config
 
 def main(argv=None):
-    """Run the command line; returns the exit status: 0, 1 failed, 2 bad input, 130 interrupted."""
+    """Run the command line; returns the exit status: 0, 1 failed, 2 bad input, 128 + a signal's."""
     sys.modules.setdefault("nft", sys.modules[__name__])    # for rewards that import nft
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: save, exit 130
+    def stop(number, frame):        # a second signal ends at once, and the last checkpoint stands
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
+        join()
         print(train(parse(argv)))
         return 0
     except (Exception, KeyboardInterrupt) as e:
-        known = {Failure: e.args, KeyboardInterrupt: ("interrupted", 130)}
+        saved = getattr(e, "saved", "")                     # nothing saved yet: bad input
+        known = {Failure: (str(e), 1 if saved else 2),
+                 KeyboardInterrupt: ("interrupted", *e.args, 130)[:2]}
         what, status = known.get(type(e), (f"{e!r:.200}", 1))
-        print(f"nft.py: {' '.join(what.split())}{getattr(e, 'saved', '')}", file=sys.stderr)
+        if status != 2 or RANK == 0:                        # bad input is told once
+            who = f"process {RANK}: " * (WORLD > 1)
+            print(f"nft.py: {who}{' '.join(what.split())}{saved}", file=sys.stderr)
         return status
 
 if __name__ == "__main__":

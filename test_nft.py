@@ -157,10 +157,10 @@ def blue(images, prompts, metadata):
 def told(images, prompts, metadata):
     return [m.pop("n") + (p == "a red circle") for p, m in zip(prompts, metadata)], {"no": "matter"}
 calls = []
-def fourth(how):                                    # the fourth call is the first of iteration 2
-    return lambda *a: (how if calls.append(a) or len(calls) > 3 else list)(red(*a).tolist())
-raises, short = fourth(lambda x: {}["lost"]), fourth(lambda x: x[1:])
-nan = fourth(lambda x: [*x[1:], float("nan")])
+def fifth(how):                     # the fifth call, after a trial, is the first of iteration 2
+    return lambda *a: (how if calls.append(a) or len(calls) > 4 else list)(red(*a).tolist())
+raises, short = fifth(lambda x: {}["lost"]), fifth(lambda x: x[1:])
+nan = fifth(lambda x: [*x[1:], float("nan")])
 '''}
 @pytest.fixture(scope="session", autouse=True)
 def files_and_pipelines():
@@ -311,7 +311,7 @@ def test_one_iteration_is_algorithm_1(name, tmp_path, monkeypatch):
         spy = lambda *a, f=f: calls.append((f, a, f(*a))) or calls[-1][2]
         monkeypatch.setattr(nft, f.__name__, spy)
     run(name, out=out, resume=True, iterations=3)
-    (collect, (_, _, drawn, key, _), (collected, *_)), *others = calls
+    _, (collect, (_, _, drawn, key, _), (collected, *_)), *others = calls   # the first is a trial
     pairs = [args for f, args, _ in others if f is not collect]
     after, row, model = checkpoint(out), metrics(out)[3], new_model(name)
     trained = pairs[0][0].net.state_dict()          # its base has not changed: adapters alone learn
@@ -409,12 +409,12 @@ def test_interrupt_and_resume(tmp_path):
     (dict(reward="raises"), "raises: .*KeyError.*lost"),
     (dict(reward="nan"), "nan: .*one finite number .*nan for image 3, prompt"),
     (dict(reward="short"), "short: .*one finite number an image"),
-    (dict(lr=1e30, eta=1, updates=1), "loss or its gradient in iteration 2 is not finite; try")])
+    (dict(lr=1e30, eta=1, updates=1), "loss of prompt .* is not finite; try")])
 def test_failure_is_named_and_nothing_lost(tmp_path, capsys, flags, says):
     """What fails in iteration 2 exits 1 with one line that names it, and iteration 1 is saved."""
     out = run("sd15", 1, out=tmp_path / "run", iterations=9, **flags)
     error = capsys.readouterr().err
-    assert re.search(f"{says}.*iteration 1 is saved.*--resume", error.strip().splitlines()[-1])
+    assert re.search(f"{says}.*iteration 2.*iteration 1 is saved.*--resume", error.strip().splitlines()[-1])
     assert "Traceback" not in error and checkpoint(out) and len(metrics(out)) == 2
 
 BAD = """model=no/such model={ROOT} reward=a-b reward={ROOT}/none.py:f reward={ROOT}/reward.py:none
@@ -469,9 +469,7 @@ def test_the_command_that_people_type(name, tmp_path):
     small = "--iterations 2 --groups 2 --group-size 2".split()
     if name == "sd15":
         assert not subprocess.run([sys.executable, HERE / "nft.py", *command, *small]).returncode
-        pipes = [nft.load_pipeline(nft.parse(command), x) for x in (torch.float32, torch.bfloat16)]
-        assert [round(p.unet.conv_in.bias.mean().item()) for p in pipes] == [0, 1]  # 1: fp16's
-        assert all(p.safety_checker is None for p in pipes)
+        assert nft.load_pipeline(nft.parse(command), torch.float32).safety_checker is None
     else:
         assert nft.main([*command, *small, "--resolution", "32", "--steps", "2"]) == 0
     assert len({row.get("eval_reward/aesthetic") for row in metrics(tmp_path / "run")}) == 3

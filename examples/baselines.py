@@ -276,6 +276,8 @@ def setup(config):
     """(model, chain or None, rewards trained on, rewards watched, prompts, held-out prompts), as in nft.train."""
     if config.method not in METHODS:
         nft.refuse(f"METHOD {config.method!r}: must be one of {', '.join(METHODS)}, before all flags; add it")
+    if nft.WORLD > 1:
+        nft.refuse(f"torchrun with {nft.WORLD} processes: must be 1 here; nft.py alone divides its work")
     if METHODS[config.method].loss and config.guidance != 1:
         nft.refuse(f"--guidance {config.guidance}: must be 1 for {config.method}: the probability of a step is that "
                    "of the conditional model alone; leave it out")
@@ -285,7 +287,7 @@ def setup(config):
     model, files = nft.Model(config), functools.cache(runpy.run_path)
     if model.dtype == torch.float16:
         nft.refuse(f"--precision {config.precision}: must not come to fp16 here; take bf16 or fp32")
-    rewards, watched = (nft.load_rewards(getattr(config, name), model.device, f"--{name}", files)
+    rewards, watched = (nft.load_rewards(getattr(config, name), f"--{name}", files)
                         for name in ("reward", "watch"))
     watched = rewards + [(name, 0.0, call) for name, _, call in watched]
     if not rewards:
@@ -314,7 +316,7 @@ def optimize(model, chain, optimizer, rollout, w, first):
                 sums[name] += x.sum().item() / chosen.numel()
         norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)
         if not (norm.isfinite() and math.isfinite(sums["loss"] + sums["kl"])):
-            nft.refuse("the loss or its gradient is not finite; try a smaller --lr, or --precision bf16 or fp32", 1)
+            nft.refuse("the loss or its gradient is not finite; try a smaller --lr, or --precision bf16 or fp32")
         optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup))
         optimizer.step()                                    # does nothing where no image of the shard was useful
         optimizer.zero_grad(set_to_none=True)
@@ -327,13 +329,14 @@ def train(config):
     """Collect, reward, optimize, log, for every method. Returns the closing line for the user."""
     from tqdm import tqdm
     model, chain, rewards, watched, prompts, held_out = setup(config)
-    run, lora, K = nft.Run(config), model.lora, config.group_size
+    lora, K, state = model.lora, config.group_size, {"memory": {}}
     torch.set_float32_matmul_precision("high")
     optimizer = torch.optim.AdamW(lora.sets["theta"], lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-    state = run.state or {"memory": {}}
-    if run.state:
-        nft.map_tensors(lambda ours, saved: ours.data.copy_(saved), lora.sets, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
+    def restore(saved):
+        nft.map_tensors(lambda ours, theirs: ours.data.copy_(theirs.view_as(ours)), lora.sets, saved["lora"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state["memory"] = saved["memory"]
+    run = nft.Run(config, restore)
     def snapshot():
         return nft.map_tensors(lambda x: x.detach().to("cpu", copy=True), {
             "rows": list(run.rows), "lora": lora.sets, "optimizer": optimizer.state_dict(),

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import nft  # noqa: E402
+from named_rewards import Clip, fetching  # noqa: E402
 
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 CATEGORIES = "single_object", "two_object", "counting", "colors", "position", "color_attr"
@@ -199,7 +200,7 @@ def load_detector(device):
     from transformers import Mask2FormerForUniversalSegmentation as Mask2Former
     code = sys.modules[Mask2Former.__module__]
     # its training loss, never called here, asks for scipy
-    with nft.fetching(DETECTOR), mock.patch.object(code, "requires_backends", create=True):
+    with fetching(DETECTOR), mock.patch.object(code, "requires_backends", create=True):
         model = Mask2Former.from_pretrained(DETECTOR, dtype=torch.float32).to(device)
         names = model.config.id2label
         if len(names) != 80 or (names[0], names[79]) != (CLASSES[0], CLASSES[79]):     # spellings between vary
@@ -229,7 +230,7 @@ def color_texts(clip, name):
 @functools.cache
 def models(device):
     """The detector, CLIP, and color_texts by class."""
-    clip = nft.Clip(CLIP, device)
+    clip = Clip(CLIP, device)
     return load_detector(device), clip, functools.cache(functools.partial(color_texts, clip))
 
 

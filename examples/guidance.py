@@ -22,7 +22,7 @@ def held_out_reward(folder, scale):
     settings = json.loads((folder / "config.json").read_text())
     config = nft.Config(**settings | {"guidance": scale, "resume": False})
     model, prompts = nft.Model(config), nft.load_prompts(config.eval_prompts, "--eval-prompts")
-    rewards = nft.load_rewards(config.reward, model.device)
+    rewards = nft.load_rewards(config.reward)
     model.lora.sets["ema"] = torch.load(folder / "checkpoint.pt", model.device, weights_only=True)["lora"]["ema"]
     return [nft.collect(model, rewards, prompts, ("evaluation",), policy)[1].mean().item()
             for policy in (None, "ema")]

@@ -21,8 +21,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 import nft
+from named_rewards import fetching
 
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"     # open_clip's byte-pair encoding, in transformers' form
@@ -76,9 +77,9 @@ def load(device):
     """CLIPModel in fp32 and its tokenizer."""
     from transformers import AutoTokenizer, CLIPModel
     from transformers.utils import cached_file
-    with nft.fetching(TOKENIZER):
+    with fetching(TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    with nft.fetching(REPOSITORY):
+    with fetching(REPOSITORY):
         weights = translate(torch.load(cached_file(REPOSITORY, FILE), "cpu", weights_only=True)["state_dict"])
         model = CLIPModel(configure(weights))
         model.load_state_dict(weights)

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 import nft
+from named_rewards import fetching
 
 REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -79,9 +80,9 @@ def load(device):
     """The two encoders and the head [(weight, bias), ...] in fp32, and the tokenizer."""
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
-    with nft.fetching(TOKENIZER):
+    with fetching(TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    with nft.fetching(REPOSITORY):
+    with fetching(REPOSITORY):
         weights = torch.load(cached_file(REPOSITORY, FILE), "cpu", weights_only=True)
         vision = vision_encoder(below(weights, "blip.visual_encoder."))
         text = text_encoder(below(weights, "blip.text_encoder."), vision.config.hidden_size)

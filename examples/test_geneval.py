@@ -433,7 +433,7 @@ def scene(rng):
 def test_end_to_end(repositories):
     """Through nft.load_rewards both rewards are what another path to the same models gives, for prompts of all
     categories."""
-    rewards = nft.load_rewards(f"{FILE}:reward,{FILE}:strict", CPU)
+    rewards = nft.load_rewards(f"{FILE}:reward,{FILE}:strict")
     rng = torch.Generator().manual_seed(0)
     images, prompts, expected, seen = [], [], [], set()
     for k, tag in enumerate(2 * geneval.CATEGORIES):

@@ -66,7 +66,7 @@ def scores(module, images, prompts):
 @pytest.mark.parametrize("module", [hpsv2, imagereward, vlm])
 def test_absent_weights(module, monkeypatch):
     """A file is loaded without its model, whose absence is told at the first image, by its repository's name."""
-    nft.load_rewards(f"{module.__file__}:reward", torch.device("cpu"))
+    nft.load_rewards(f"{module.__file__}:reward")
     name = "MODEL" if module is vlm else "TOKENIZER"
     monkeypatch.setattr(module, name, "nobody/nothing")
     with pytest.raises(nft.Failure, match="nobody/nothing did not load"):

@@ -93,11 +93,10 @@ def build(root):
     for name, pipe in pipelines.items():
         pipe.save_pretrained(root / name)
         pipe.save_pretrained(real / name)
-        if name == "sd15":      # the real repository has a safety checker, and all weights in fp16, too
+        if name == "sd15":                              # the real repository has a safety checker
             checker = StableDiffusionSafetyChecker._from_config(clip.config, attn_implementation="eager")
             pipe.register_modules(safety_checker=checker, feature_extractor=image_processor())
-            pipe.unet.conv_in.bias.data += 1           # tells the fp16 variant from the full weights
-            pipe.save_pretrained(real / name, variant="fp16")
+            pipe.save_pretrained(real / name)
         cache(root / "hub", nft.PRESETS[name]["path"], real / name)
     for folder, model in (("clip", clip), ("pickscore", make_clip()[0])):
         model.save_pretrained(real / folder)

@@ -22,8 +22,9 @@ import types
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path[:0] = map(str, pathlib.Path(__file__).resolve().parents[:2])
 import nft
+from named_rewards import fetching
 
 MODEL = os.environ.get("NFT_VLM", "CodeGoat24/UnifiedReward-qwen-3b")
 TEMPLATE = os.environ.get("NFT_VLM_TEMPLATE", """\
@@ -47,7 +48,7 @@ def read(answer):
 def load(device):
     """The model in fp32, its processor, and whether an answer has been readable yet."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
-    with nft.fetching(MODEL):                           # False also keeps transformers from asking on the terminal
+    with fetching(MODEL):                           # False also keeps transformers from asking on the terminal
         processor = AutoProcessor.from_pretrained(MODEL, trust_remote_code=False)
         model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False)
     tokenizer = processor.tokenizer
