@@ -112,10 +112,8 @@ def refuse(message):
 # ---- The method: pure functions of tensors and scalars -------------------------------------------
 def alpha_sigma(t, alphas_cumprod=None):
     """Coefficients of the forward process x_t = alpha_t x_0 + sigma_t eps (section 2).
-
     Rectified flow (alphas_cumprod None): t in [0, 1], alpha = 1 - t, sigma = t. Otherwise t in
-    [0, T - 1], rounded, indexes alphas_cumprod (T,) = alpha^2. Both are shaped like t.
-    """
+    [0, T - 1], rounded, indexes alphas_cumprod (T,) = alpha^2. Both are shaped like t."""
     if alphas_cumprod is None:
         return 1 - t, t
     alpha_squared = alphas_cumprod[t.round().long()]
@@ -123,11 +121,9 @@ def alpha_sigma(t, alphas_cumprod=None):
 
 def predict_x0(x_t, out, alpha_t, sigma_t, prediction):
     """The clean sample that a denoiser's output stands for, and its slope |d x_0 / d out|.
-
     x_t, out: (B, ...); alpha_t, sigma_t: broadcastable to them. prediction, as diffusers names it:
     "flow_prediction" (v = eps - x_0), "epsilon", "v_prediction" (v = alpha eps - sigma x_0). x_0 is
-    affine in out with coefficients of (x_t, t) alone: mixing outputs mixes clean samples.
-    """
+    affine in out with coefficients of (x_t, t) alone: mixing outputs mixes clean samples."""
     if prediction == "flow_prediction":
         return x_t - sigma_t * out, sigma_t
     if prediction == "epsilon":
@@ -137,12 +133,10 @@ def predict_x0(x_t, out, alpha_t, sigma_t, prediction):
 
 def optimality_reward(raw, groups, z=5.0):
     """r = 1/2 + 1/2 clip[(r_raw - mean of its group) / Z_c, -1, 1], the optimality (section 3.3).
-
     raw: (B,) rewards, finite, of any unit. groups: (B,) integers, equal for images of one prompt.
     Z_c = z * (population std of all B rewards + 1e-4), as in the released code: with z = 5, a
     reward one std above its group's mean gets r = 0.6, so r stays near 1/2, hardly ever clipped.
-    Returns r (B,), float32, in [0, 1]. Raises ValueError for a reward that is not finite.
-    """
+    Returns r (B,), float32, in [0, 1]. Raises ValueError for a reward that is not finite."""
     raw = torch.as_tensor(raw).double()             # the mean of equal rewards is exactly theirs
     groups = torch.as_tensor(groups, device=raw.device)
     if not torch.isfinite(raw).all():
@@ -158,11 +152,9 @@ def adaptive_loss(x0_hat, x_0):
 
 def nft_loss(x0_theta, x0_old, x0, r, beta, distance=adaptive_loss):
     """The DiffusionNFT loss of each sample, Eq. (5), in the space of clean samples: (B,).
-
     x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and by the old
     policy, the latter without gradient. x0: (B, ...), the sampled x_0. r: (B,) in [0, 1]. beta > 0.
-    distance: (B, ...), (B, ...) -> (B,). No schedule enters: x_0 is affine in v (predict_x0).
-    """
+    distance: (B, ...), (B, ...) -> (B,). No schedule enters: x_0 is affine in v (predict_x0)."""
     x0_positive = (1 - beta) * x0_old + beta * x0_theta     # implicit positive policy, line 10
     x0_negative = (1 + beta) * x0_old - beta * x0_theta     # implicit negative policy, line 11
     loss = r * distance(x0_positive, x0) + (1 - r) * distance(x0_negative, x0)      # Eq. (5)
@@ -172,11 +164,9 @@ def nft_loss(x0_theta, x0_old, x0, r, beta, distance=adaptive_loss):
 
 def soft_update_decay(i, schedule="0,0.001,0.5"):
     """eta_i of theta_old <- eta_i theta_old + (1 - eta_i) theta, Algorithm 1 line 14.
-
     i: the iteration just completed, counted from 1. schedule: a constant, or "START,SLOPE,MAX" for
     min(max(SLOPE (i - START), 0), MAX): the paper's default is 0,0.001,0.5, its OCR run
-    75,0.0075,0.999. Returns a float in [0, 1]; raises ValueError where that cannot be.
-    """
+    75,0.0075,0.999. Returns a float in [0, 1]; raises ValueError where that cannot be."""
     numbers = [float(x) for x in str(schedule).split(",")]
     start, slope, top = numbers if len(numbers) == 3 else (0.0, 1e9, *numbers)
     if not (0 <= top <= 1 and 0 <= slope < math.inf and abs(start) < math.inf):
@@ -190,8 +180,7 @@ TARGETS = re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$")
 class LoRA:
     """Adapter sets "theta", "old" and "ema" on the attention projections of `net`, by hooks.
     `active` names the set in use; None is the base model, v_ref. A set is a list of fp32 tensors
-    [A (rank, in), B (out, rank), A, B, ...]; a layer computes W x + 2 B A x (alpha = 2 rank).
-    """
+    [A (rank, in), B (out, rank), A, B, ...]; a layer computes W x + 2 B A x (alpha = 2 rank)."""
     def __init__(self, net, rank, seed):
         net.requires_grad_(False)
         self.names = [name for name, layer in net.named_modules()
@@ -297,8 +286,7 @@ class Model:
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
     def check_clock(self, seen, heard):
-        """Learn how the pipeline scales time; refuse one whose forward process is not what it says:
-        Lumina turns time around, HiDream the sign, CogView4's times are not its noise levels."""
+        """Learn how the pipeline scales time; refuse another direction, sign or noise schedule."""
         times, solver = torch.cat([t for t, _, _ in seen]), self.pipe.scheduler
         self.times, self.time_scale = times.unique(), times[0].item() / (heard[0][0] or 1)
         _, sigma = self.alpha_sigma(times[::len(seen) // len(heard)])
@@ -403,7 +391,7 @@ def score(rewards, images, prompts, metadata, first=0):
             parts[name] = torch.as_tensor(result, dtype=torch.float32).detach().cpu()
             if parts[name].shape != total.shape:
                 raise ValueError(f"{[*parts[name].shape]} for {len(images)} images")
-            for i in (~parts[name].isfinite()).nonzero().flatten():
+            for i in (~(weight * parts[name]).isfinite()).nonzero().flatten():
                 raise ValueError(f"{parts[name][i]} for image {first + i}, prompt {prompts[i]!r}")
         except (Exception, SystemExit) as e:            # what nft.refuse said is said
             refuse(f"reward {name}: " + (e.args[0] if isinstance(e, Failure) else "must return one "
@@ -457,19 +445,22 @@ def replace_file(path, data, before=None):
     """Write bytes under another name, sync, rename: whoever reads `path` finds it whole. What was
     there becomes `before`."""
     if RANK == 0:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if before and os.path.exists(path):
-            os.replace(path, before)
-        os.replace(f"{path}.tmp", path)
+        try:
+            with open(f"{path}.tmp", "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if before and os.path.exists(path):
+                os.replace(path, before)
+            os.replace(f"{path}.tmp", path)
+        finally:
+            pathlib.Path(f"{path}.tmp").unlink(missing_ok=True)         # a full disk
 
 class Run:
     """The run directory: config.json, metrics.jsonl, two checkpoints, samples/, pictures, weights.
     restore: takes a checkpoint's dict, puts it in place, raises if it does not fit."""
     def __init__(self, config, restore):
-        self.dir, self.rows = pathlib.Path(config.out), []
+        self.dir, self.rows, self.damaged = pathlib.Path(config.out), [], False
         file, text = self.dir / "config.json", json.dumps(vars(config), indent=1) + "\n"
         try:
             if state := self.read() if config.resume else None:
@@ -480,22 +471,22 @@ class Run:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
             replace_file(file, text.encode())
         except Exception as e:
-            refuse(f"--out {self.dir}: must be writable, and hold a run just if that is to be "
-                   f"resumed ({e!r:.200}); add --resume, or take another one")
+            refuse(e.args[0] if isinstance(e, Failure) else f"--out {self.dir}: must be writable, "
+                   f"hold a run if there is --resume, else none ({e!r:.200}); take another one")
 
     def read(self):
         """The newest whole checkpoint; None before the first. Raises if all are damaged."""
-        problem = None
         for file in (self.dir / "checkpoint.pt", self.dir / "checkpoint-before.pt"):
             try:
-                if not (problem := zipfile.ZipFile(file).testzip()):    # checks all its checksums
+                if not zipfile.ZipFile(file).testzip():         # checks all its checksums
                     return torch.load(file, "cpu", weights_only=True)
             except FileNotFoundError:
                 continue
-            except Exception as e:
-                problem = e
-            print(f"nft.py: {file} is damaged ({problem!r:.100})", file=sys.stderr)
-        return problem and refuse("no checkpoint is whole")
+            except Exception:
+                pass
+            self.damaged = True
+            print(f"nft.py: {file} is damaged", file=sys.stderr)
+        return self.damaged and refuse(f"--out {self.dir}: no checkpoint is whole; begin anew")
 
     def log(self, row):
         """Add an object to metrics.jsonl, which is written whole: no torn or repeated line."""
@@ -504,27 +495,27 @@ class Run:
         replace_file(self.dir / "metrics.jsonl", text.encode())
 
     def save(self, state, names, component):
-        """Write the checkpoint, and its EMA weights for pipe.load_lora_weights(DIR)."""
+        """Write the EMA weights for pipe.load_lora_weights(DIR), and the checkpoint."""
         from safetensors.torch import save
-        torch.save(state, buffer := io.BytesIO())
-        replace_file(self.dir / "checkpoint.pt", buffer.getvalue(),
-                     self.dir / "checkpoint-before.pt")
         ema, tensors = state["lora"]["ema"], {}
         for name, A, B in zip(names, ema[::2], ema[1::2]):
             tensors[f"{component}.{name}.lora_A.weight"] = A.contiguous()
             tensors[f"{component}.{name}.lora_B.weight"] = (2 * B).contiguous()     # alpha / rank
         replace_file(self.dir / "pytorch_lora_weights.safetensors", save(tensors, {"format": "pt"}))
+        torch.save(state, buffer := io.BytesIO())
+        before = None if self.damaged else self.dir / "checkpoint-before.pt"    # that one is whole
+        replace_file(self.dir / "checkpoint.pt", buffer.getvalue(), before)
+        self.damaged = False
 
 # Under torchrun each process samples, scores and trains its share of the images.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 def join():
     """Meet the other processes of torchrun, if there are any; only the first one shows progress."""
     if WORLD > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+            torch.cuda.set_device(local)
         dist.init_process_group()                       # NCCL for CUDA tensors, gloo for others
-        if RANK:
-            sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
 
 def gather(x):
     """[x of process 0, x of process 1, ...], for anything on the CPU."""
@@ -544,7 +535,7 @@ def collect(model, rewards, prompts, key, policy):
     standard deviation of the pixels of all; r_raw (B,); its parts."""
     from tqdm import tqdm
     kept, shown, mine, size = [], [], share(len(prompts)), model.config.batch_size
-    for i in tqdm(mine[::size], f"sample {policy}", leave=False, disable=None):
+    for i in tqdm(mine[::size], policy or "base", leave=False, disable=RANK > 0 or None):
         texts, metadata = zip(*prompts[i:min(i + size, mine.stop)])
         rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
         images = rollout.pop("images")
@@ -577,8 +568,7 @@ def evaluate(model, run, rewards, prompts, iteration):
 def pair_losses(model, rollout, index, t, eps, r):
     """Lines 9 to 11 and the loss of line 12, for b pairs of an image and a time: three, each (b,).
     index: (b,) images of rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
-    Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient.
-    """
+    Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient."""
     config, x_0 = model.config, rollout["x_0"][index]
     condition = map_tensors(lambda x: x[index], rollout["condition"])
     alpha_t, sigma_t = model.alpha_sigma(t, x_0.ndim)
@@ -610,10 +600,11 @@ def train(config):
     watched = rewards + [(name, 0.0, call) for name, _, call in watched]
     model = Model(config) if rewards else refuse("--reward: must name one; try jpeg")
     device, lora, theta = model.device, model.lora, model.lora.sets["theta"]
-    collect(model, watched, prompts[:1], ("probe",), None)      # loads what the rewards need
+    collect(model, watched, prompts[:1] * WORLD, ("probe",), None)     # rewards load, and are tried
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
     optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))        # ready, should this process have no pair
     data = generator(prompts, held_out).initial_seed()
     def snapshot():                     # all that --resume needs: random draws have keys instead
         return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
@@ -621,7 +612,9 @@ def train(config):
             "scaler": scaler.state_dict(), "data": data})
     def restore(state):
         if state["data"] != data:
-            raise ValueError("the prompts are not those that it began with")
+            refuse(f"--prompts {config.prompts}, or held out: changed since the run began; restore")
+        if len(state["rows"]) - 1 > config.iterations:
+            refuse(f"--iterations {config.iterations}: the run has done more; give a larger one")
         map_tensors(lambda x, y: x.data.copy_(y.view_as(x)), lora.sets, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
@@ -634,17 +627,16 @@ def train(config):
             run.save(last := snapshot(), lora.names, model.component)
         started, done = time.time() - run.rows[-1]["seconds"], run.rows[-1]["iteration"]
         bar = tqdm(range(done + 1, config.iterations + 1), "train", config.iterations,
-                   initial=done, position=1, disable=None)
+                   initial=done, position=1, disable=RANK > 0 or None)
+        K, N = config.group_size, config.groups * config.group_size
+        mine = share(N)                         # images of an iteration that this process has
         for iteration in bar:
             # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3)
-            K, key = config.group_size, (config.seed, iteration)
             drawn = [c for c in draw_prompts(prompts, iteration, config) for _ in range(K)]
-            N, groups = len(drawn), torch.arange(config.groups).repeat_interleave(K)
-            torch.manual_seed(generator(*key).initial_seed())   # for rewards that draw
-            rollout, raw, parts = collect(model, rewards, drawn, key, "old")
+            rollout, raw, parts = collect(model, rewards, drawn, (config.seed, iteration), "old")
 
             # Reward: from r_raw of each image its optimality r in [0, 1] (lines 4 to 6)
-            r = optimality_reward(raw, groups, config.z).to(device)
+            r = optimality_reward(raw, torch.arange(N) // K, config.z).to(device)
             if (r == 0.5).all() and not warned:
                 warned = not tqdm.write(f"iteration {iteration}: equal rewards for all images of a "
                                         "prompt teach nothing; try another --reward")
@@ -658,14 +650,14 @@ def train(config):
                 chosen = t * model.time_scale if model.alphas_cumprod is None else t.ceil() - 1
             sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
             first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
-            shards, mine = torch.randperm(N, generator=noise).tensor_split(config.updates), share(N)
+            shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
             for step, shard in enumerate(shards, first):
                 index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
                 pairs = ((index >= mine.start) & (index < mine.stop)).nonzero().flatten()
                 for x in theta:
                     x.grad = torch.zeros_like(x)
                 for some in pairs.split(config.batch_size) if len(pairs) else ():
-                    noises = (generator(config.seed, step, pair) for pair in some.tolist())
+                    noises = (generator("eps", config.seed, step, pair) for pair in some.tolist())
                     eps = torch.stack([torch.randn(rollout["x_0"].shape[1:], generator=g)
                                        for g in noises])
                     i = (index[some] - mine.start).to(device)
@@ -714,12 +706,15 @@ def train(config):
             bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
         return conclude(model, run, [*dict(held_out).items()][:16])
     except (Exception, KeyboardInterrupt) as e:
-        saved = f"iteration {max(0, len(last['rows']) - 1)}"
+        # torchrun ends us all by SIGTERM: what one process's failure began is saved all the same
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
+        done = max(0, len(last["rows"]) - 1)
+        saved = f"iteration {done} is saved"
         try:
             run.save(last, lora.names, model.component)
-        except OSError:                         # a full disk: the checkpoint before still stands
-            saved = "an earlier iteration"
-        e.saved = f" (iteration {len(last['rows'])}); {saved} is saved, go on with: " \
+        except OSError:
+            saved = "what was saved before stands"
+        e.saved = f" (iteration {min(done + 1, config.iterations)}); {saved}, go on with: " \
                   f"python nft.py --out {run.dir} --resume"
         raise
 
@@ -750,7 +745,8 @@ def parse(argv):
     if given.get("resume"):
         try:
             preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
-        except (OSError, LookupError, ValueError) as e:
+            preset = {f.name: f.type(preset[f.name]) for f in dataclasses.fields(Config)}
+        except (OSError, LookupError, ValueError, TypeError) as e:
             refuse(f"--resume: --out {given.get('out')} must hold a run ({e!r:.200}); correct it")
         free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
         for key in given.keys() - free:
@@ -787,12 +783,11 @@ def main(argv=None):
         return 0
     except (Exception, KeyboardInterrupt) as e:
         saved = getattr(e, "saved", "")                     # nothing saved yet: bad input
-        known = {Failure: (str(e), 1 if saved else 2),
-                 KeyboardInterrupt: ("interrupted", *e.args, 130)[:2]}
-        what, status = known.get(type(e), (f"{e!r:.200}", 1))
-        if status != 2 or RANK == 0:                        # bad input is told once
-            who = f"process {RANK}: " * (WORLD > 1)
-            print(f"nft.py: {who}{' '.join(what.split())}{saved}", file=sys.stderr)
+        what, status = {Failure: (str(e), 1 if saved else 2),
+                        KeyboardInterrupt: ("interrupted", *e.args, 130)[:2]}.get(
+            type(e), (f"{type(e).__name__}: {e}"[:300], 1))
+        who = f"process {RANK}: " * (WORLD > 1)
+        print(f"nft.py: {who}{' '.join(what.split())}{saved}", file=sys.stderr)
         return status
 
 if __name__ == "__main__":
