@@ -137,7 +137,7 @@ def optimality_reward(raw, groups, z=5.0):
     Z_c = z * (population std of all B rewards + 1e-4), as in the released code: with z = 5, a
     reward one std above its group's mean gets r = 0.6, so r stays near 1/2, hardly ever clipped.
     Returns r (B,), float32, in [0, 1]. Raises ValueError for a reward that is not finite."""
-    raw = torch.as_tensor(raw).double()             # the mean of equal rewards is exactly theirs
+    raw = torch.as_tensor(raw, dtype=torch.float64)     # the mean of equal rewards is theirs
     groups = torch.as_tensor(groups, device=raw.device)
     if not torch.isfinite(raw).all():
         raise ValueError("a reward is not finite")
@@ -246,10 +246,12 @@ class Model:
             self.call = {name: value for name, value in call.items() if value}  # 0: its own default
             self.lora = LoRA(self.net, config.rank, config.seed)
             self.sample([""], [("probe",)], None)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as e:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
+                ArithmeticError) as e:
             refuse(f"--model {config.model}: must be text to image with a VAE, one denoiser with "
-                   f"attention and a known forward process, and fit --solver {config.solver} and "
-                   f"--resolution {config.resolution}: {e!r:.300}; change one of them")
+                   f"attention and a known forward process, and fit --solver {config.solver}, "
+                   f"--steps {config.steps}, --rank {config.rank} and --resolution "
+                   f"{config.resolution}: {e!r:.300}; change one of them")
 
     @torch.no_grad()
     def sample(self, prompts, seeds, policy):
@@ -337,7 +339,7 @@ def load_pipeline(config, dtype):
     try:
         return diffusers.DiffusionPipeline.from_pretrained(
             path, dtype=dtype, safety_checker=None, feature_extractor=None, add_watermarker=False)
-    except (OSError, ValueError, AttributeError) as e:
+    except Exception as e:
         refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
                f"directory or a hub id within reach ({e!r:.200}); correct it")
 
@@ -370,7 +372,7 @@ def load_rewards(spec, flag="--reward", run=runpy.run_path):
         try:
             math.ceil(weight := float(weight or 1))     # raises for nan and inf
             sys.path.insert(0, os.path.dirname(os.path.abspath(locate(path))))  # for its imports
-            call = run(locate(path))[function]
+            call = run(locate(path))[function].__call__     # raises for what is no function
         except (Exception, SystemExit) as e:
             refuse(f"{flag} {part}: " + (e.args[0] if isinstance(e, Failure) else
                    f"must be one of {', '.join(REWARDS)}, or FILE.py:FUNCTION such as "
@@ -406,8 +408,10 @@ def load_prompts(path, flag="--prompts"):
         lines = pathlib.Path(locate(path)).read_text("utf-8-sig").split("\n")
         rows = [json.loads(s) if path.endswith(".jsonl") else {"prompt": s.strip()}
                 for s in lines if s.strip()]
-        return [(str(row.pop("prompt")), row) for row in rows] or rows[0]       # raises if empty
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as e:
+        pairs = [(row.pop("prompt").strip(), row) for row in rows]
+        "".join(prompt or pairs[-1] for prompt, _ in pairs or rows[0]).encode()     # none empty
+        return pairs
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
         refuse(f"{flag} {path}: must be a UTF-8 .txt, a prompt a line, or .jsonl, objects with "
                f"`prompt`, and hold at least one ({e!r:.200}); correct it")
 
@@ -442,25 +446,20 @@ def picture_grid(images, prompts, path, columns):
     replace_file(path, buffer.getvalue())
 
 def replace_file(path, data, before=None):
-    """Write bytes under another name, sync, rename: whoever reads `path` finds it whole. What was
-    there becomes `before`."""
+    """Write bytes, sync, rename: whoever reads `path` finds it whole. The old one is `before`."""
     if RANK == 0:
-        try:
-            with open(f"{path}.tmp", "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if before and os.path.exists(path):
-                os.replace(path, before)
-            os.replace(f"{path}.tmp", path)
-        finally:
-            pathlib.Path(f"{path}.tmp").unlink(missing_ok=True)         # a full disk
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if before and os.path.exists(path):
+            os.replace(path, before)
+        os.replace(f"{path}.tmp", path)
 
 class Run:
-    """The run directory: config.json, metrics.jsonl, two checkpoints, samples/, pictures, weights.
-    restore: takes a checkpoint's dict, puts it in place, raises if it does not fit."""
+    """The run directory and its files. restore(dict of a checkpoint) raises if it does not fit."""
     def __init__(self, config, restore):
-        self.dir, self.rows, self.damaged = pathlib.Path(config.out), [], False
+        self.dir, self.rows, self.damaged = pathlib.Path(config.out), [], ""
         file, text = self.dir / "config.json", json.dumps(vars(config), indent=1) + "\n"
         try:
             if state := self.read() if config.resume else None:
@@ -475,17 +474,16 @@ class Run:
                    f"hold a run if there is --resume, else none ({e!r:.200}); take another one")
 
     def read(self):
-        """The newest whole checkpoint; None before the first. Raises if all are damaged."""
+        """The newest whole checkpoint, by its checksums; None before the first. Raises Failure."""
         for file in (self.dir / "checkpoint.pt", self.dir / "checkpoint-before.pt"):
             try:
-                if not zipfile.ZipFile(file).testzip():         # checks all its checksums
-                    return torch.load(file, "cpu", weights_only=True)
+                state = dict(zipfile.ZipFile(file).testzip() or torch.load(file, weights_only=True))
+                sys.stderr.write(self.damaged)
+                return state
             except FileNotFoundError:
-                continue
-            except Exception:
                 pass
-            self.damaged = True
-            print(f"nft.py: {file} is damaged", file=sys.stderr)
+            except Exception:
+                self.damaged = f"nft.py: {file} is damaged, the one before it is taken\n"
         return self.damaged and refuse(f"--out {self.dir}: no checkpoint is whole; begin anew")
 
     def log(self, row):
@@ -505,12 +503,12 @@ class Run:
         torch.save(state, buffer := io.BytesIO())
         before = None if self.damaged else self.dir / "checkpoint-before.pt"    # that one is whole
         replace_file(self.dir / "checkpoint.pt", buffer.getvalue(), before)
-        self.damaged = False
+        self.damaged = ""
 
 # Under torchrun each process samples, scores and trains its share of the images.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 def join():
-    """Meet the other processes of torchrun, if there are any; only the first one shows progress."""
+    """Meet the other processes of torchrun, if there are any; only the first one prints."""
     if WORLD > 1 and not dist.is_initialized():
         if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
             torch.cuda.set_device(local)
@@ -601,6 +599,9 @@ def train(config):
     model = Model(config) if rewards else refuse("--reward: must name one; try jpeg")
     device, lora, theta = model.device, model.lora, model.lora.sets["theta"]
     collect(model, watched, prompts[:1] * WORLD, ("probe",), None)     # rewards load, and are tried
+    words = model.pipe.tokenizer
+    for cut in [p for p, _ in prompts if len(words(p).input_ids) > words.model_max_length][:1]:
+        tqdm.write(f"prompts over {words.model_max_length} tokens are cut, such as {cut!r:.200}")
     torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
     optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
@@ -612,10 +613,14 @@ def train(config):
             "scaler": scaler.state_dict(), "data": data})
     def restore(state):
         if state["data"] != data:
-            refuse(f"--prompts {config.prompts}, or held out: changed since the run began; restore")
-        if len(state["rows"]) - 1 > config.iterations:
-            refuse(f"--iterations {config.iterations}: the run has done more; give a larger one")
-        map_tensors(lambda x, y: x.data.copy_(y.view_as(x)), lora.sets, state["lora"])
+            refuse(f"--prompts {config.prompts} or --eval-prompts {config.eval_prompts}: changed "
+                   "since the run began; bring them back")
+        if (done := len(state["rows"]) - 1) > config.iterations:
+            refuse(f"--iterations {config.iterations}: {done} are done; give more")
+        forms = [map_tensors(lambda x: (x.shape, x.dtype), x) for x in (lora.sets, state["lora"])]
+        assert forms[0] == forms[1], "its adapters have another form"
+        assert [row["iteration"] for row in state["rows"]] == [*range(done + 1)], "rows are missing"
+        map_tensors(lambda x, y: x.data.copy_(y), lora.sets, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
     run = Run(config, restore)
@@ -706,7 +711,6 @@ def train(config):
             bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
         return conclude(model, run, [*dict(held_out).items()][:16])
     except (Exception, KeyboardInterrupt) as e:
-        # torchrun ends us all by SIGTERM: what one process's failure began is saved all the same
         signal.signal(signal.SIGTERM, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
         done = max(0, len(last["rows"]) - 1)
         saved = f"iteration {done} is saved"
@@ -745,8 +749,9 @@ def parse(argv):
     if given.get("resume"):
         try:
             preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
-            preset = {f.name: f.type(preset[f.name]) for f in dataclasses.fields(Config)}
-        except (OSError, LookupError, ValueError, TypeError) as e:
+            preset = vars(parser.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in
+                                             preset.items() if k not in ("out", "resume")]))
+        except (OSError, LookupError, ValueError, AttributeError, Failure) as e:
             refuse(f"--resume: --out {given.get('out')} must hold a run ({e!r:.200}); correct it")
         free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
         for key in given.keys() - free:
