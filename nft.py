@@ -353,7 +353,7 @@ def pick_solver(name, own, flow):
         refuse(f"--solver {name}: must be a diffusers scheduler {'' if flow else 'not '}for flow, "
                f"by class name or as {', '.join(SOLVERS)}; leave it out")
     given = {"clip_sample": False}                      # latents are not confined to [-1, 1]
-    given |= {"algorithm_type": "sde-dpmsolver++"} if name == "dpm2-sde" else {}
+    given |= {"algorithm_type": "sde-" * ("sde" in name) + "dpmsolver++"} if "dpm2" in name else {}
     if flow:
         shift = own.get("shift", own.get("flow_shift", 1.0))
         given.update(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)

@@ -207,3 +207,11 @@ def test_report(tmp_path, capsys):
     assert ddpo.endswith("| 3,072 | 16,000 | 16 (16 to 48) | >5,760 | >30,000 | >30 (>30 to >90) |")   # 1 is unfinished
     assert over.endswith("| 4 | 4 | 4 | >3.75 | >3.75 | >3.75 |")                                       # 2 has no NFT
     assert {"comparison.png", "grids-tiny.png"} <= {file.name for file in tmp_path.glob("*.png")}
+
+
+def test_every_row_is_evaluated_by_the_same_solver():
+    """dpm2 is the ODE solver also where the rollouts' scheduler, whose settings it takes, is its SDE sibling."""
+    from diffusers import DDIMScheduler
+    sde = nft.pick_solver("dpm2-sde", DDIMScheduler().config, False)
+    kinds = [nft.pick_solver(name, sde.config, False).config.algorithm_type for name in ("dpm2", "dpm2-sde")]
+    assert kinds == ["dpmsolver++", "sde-dpmsolver++"]
