@@ -131,7 +131,7 @@ TUNED = {
 }
 # The ablations' own settings: twice the preset's learning rate, as at its own nearly everything works for a while, and
 # on tiny-sd3 the average of theta of tiny, which follows a short run.
-ABLATED = {"tiny": {"lr": 2e-3, "eval_every": 2}, "tiny-sd3": {"lr": 3e-3, "ema": 0.9, "eval_every": 3}}
+ABLATED = {"tiny": {"lr": 2e-3, "eval_every": 2}, "tiny-sd3": {"lr": 3e-3, "ema": 0.9, "eval_every": 4}}
 
 
 def compared(key, model, iterations, flags):

@@ -98,6 +98,7 @@ def argv(**flags):
 @pytest.fixture(scope="session", autouse=True)
 def area():
     """In AREA: prompt files and rewards, good and bad, and a finished run of two iterations."""
+    torch.set_num_threads(1)                            # as `here`: runs are compared bit for bit
     if not (ROOT / "hub").exists():
         untrained.build(ROOT)
     AREA.mkdir()
@@ -115,6 +116,7 @@ def here(monkeypatch):
     """On busy cores two threads wait for each other at layers as small as these; paths are relative to AREA."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")          # of other processes
     shutil.rmtree(AREA / "new", ignore_errors=True)     # of a test that failed
     monkeypatch.chdir(AREA)
     monkeypatch.setattr(sys, "path", sys.path[:])
