@@ -192,9 +192,9 @@ def test_report(tmp_path, capsys):
     for row in rows:
         for seed in (0, 1, 2)[:2 if row[1] == "nft" else 3]:
             (samples := tmp_path / f"{row[0]}-{seed}/samples").mkdir(parents=True)
-            Image.new("RGB", (80, 40)).save(samples / "000030.png")
+            Image.new("RGB", (80, 40)).save(samples / f"{row[3]:06d}.png")
             (samples.parent / "config.json").write_text(json.dumps(vars(nft.parse(["--out", "x"]))))
-            slope, last = 0.1 / (2 if row[1] == "nft" else 8), 28 if row[1] == "ddpo" and seed == 1 else 30
+            slope, last = 0.1 / (2 if row[1] == "nft" else 8), row[3] - 2 * (row[1] == "ddpo" and seed == 1)
             (samples.parent / "metrics.jsonl").write_text("".join(json.dumps(
                 {"iteration": i, "images": 192 * i, "evaluations": 1000 * i, "cpu": i * (seed + 1), "roughness": 1,
                  "eval_reward": 0.3 + slope * i}) + "\n" for i in range(0, last + 1, 2)))
@@ -204,8 +204,8 @@ def test_report(tmp_path, capsys):
     end = "| 768 | 4,000 | 4 (4 to 8) | 1,536 | 8,000 | 8 (8 to 16) |"
     assert any(line.startswith("| NFT |") and line.endswith(end) for line in text.splitlines())
     ddpo, over = (line for line in text.splitlines() if line.startswith("| DDPO"))
-    assert ddpo.endswith("| 3,072 | 16,000 | 16 (16 to 48) | >5,760 | >30,000 | >30 (>30 to >90) |")   # 1 is unfinished
-    assert over.endswith("| 4 | 4 | 4 | >3.75 | >3.75 | >3.75 |")                                       # 2 has no NFT
+    assert ddpo.endswith("| 3,072 | 16,000 | 16 (16 to 48) | >4,608 | >24,000 | >24 (>24 to >72) |")   # 1 is unfinished
+    assert over.endswith("| 4 | 4 | 4 | >3 | >3 | >3 |")                                       # 2 has no NFT
     assert {"comparison.png", "grids-tiny.png"} <= {file.name for file in tmp_path.glob("*.png")}
 
 
