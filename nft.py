@@ -81,6 +81,7 @@ class Config:
     resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", 0)
     max_sequence_length: int = flag(0, "text tokens, where a pipeline takes it; 0: its own", 0)
     precision: str = flag("auto", "of the base", choices=("auto", "fp32", "bf16", "fp16"))
+    checkpointing: bool = flag(False, "recompute activations: less memory, a slower backward pass")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = flag(0, "fixes prompts, noise and the adapter's start")
     eval_every: int = flag(10, "iterations between evaluations; the first is before training", 1)
@@ -246,6 +247,8 @@ class Model:
             self.call = {name: value for name, value in call.items() if value}  # 0: its own default
             self.lora = LoRA(self.net, config.rank, config.seed)
             self.sample([""], [("probe",)], None)
+            if config.checkpointing:
+                self.net.enable_gradient_checkpointing()
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
                 ArithmeticError) as e:
             refuse(f"--model {config.model}: must be text to image with a VAE, one denoiser with "
@@ -304,7 +307,6 @@ class Model:
         self.lora.active = policy
         given = tree_map(lambda x: x() if callable(x) else x, condition)
         out = self.net(**given, **{self.input: x_t.to(self.dtype)}, timestep=t.to(self.device))[0]
-        self.lora.active = None
         return out[:, :x_t.shape[1]].float()            # a learned variance would come after it
 
     def alpha_sigma(self, t, ndim=1):
@@ -571,10 +573,10 @@ def pair_losses(model, rollout, index, t, eps, r):
     condition = map_tensors(lambda x: x[index], rollout["condition"])
     alpha_t, sigma_t = model.alpha_sigma(t, x_0.ndim)
     x_t = alpha_t * x_0 + sigma_t * eps                     # forward process, line 9
-    out_theta = model.predict(x_t, t, condition, "theta")
     with torch.no_grad():
         out_old = model.predict(x_t, t, condition, "old")
-        out_ref = model.predict(x_t, t, condition, None) if config.kl else out_theta
+        out_ref = model.predict(x_t, t, condition, None) if config.kl else None
+    out_theta = model.predict(x_t, t, condition, "theta")   # last: backward may call layers again
     x0_old, _ = predict_x0(x_t, out_old, alpha_t, sigma_t, model.prediction)
     x0_theta, slope = predict_x0(x_t, out_theta, alpha_t, sigma_t, model.prediction)
     # Departs from section 3.3 for eps- and v-prediction: an error of the output moves x_0 by slope,
@@ -582,7 +584,8 @@ def pair_losses(model, rollout, index, t, eps, r):
     # this factor the gradient by the output weighs sigma / (alpha + sigma), as t does for flow.
     weight = (sigma_t / (alpha_t + sigma_t) / slope).flatten()                      # flow: 1
     loss = weight * nft_loss(x0_theta, x0_old, x_0, r, config.beta)                 # Eq. (5)
-    kl, deviation = ((out_theta - out).square().flatten(1).mean(1) for out in (out_ref, out_old))
+    kl, deviation = ((out_theta - out).square().flatten(1).mean(1)
+                     for out in (out_ref if config.kl else out_theta, out_old))
     return loss, kl, deviation.detach()
 
 def train(config):
@@ -653,7 +656,7 @@ def train(config):
             if config.times == "uniform":
                 t = model.T * (1 - torch.rand(N, config.train_times, generator=noise))  # (0, T]
                 chosen = t * model.time_scale if model.alphas_cumprod is None else t.ceil() - 1
-            sums = dict.fromkeys(("loss", "kl", "old_deviation", "grad_norm"), 0.0)
+            log = torch.zeros(4, dtype=torch.float64)       # loss, kl, old_deviation, grad_norm
             first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
             shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
             for step, shard in enumerate(shards, first):
@@ -662,9 +665,8 @@ def train(config):
                 for x in theta:
                     x.grad = torch.zeros_like(x)
                 for some in pairs.split(config.batch_size) if len(pairs) else ():
-                    noises = (generator("eps", config.seed, step, pair) for pair in some.tolist())
-                    eps = torch.stack([torch.randn(rollout["x_0"].shape[1:], generator=g)
-                                       for g in noises])
+                    eps = torch.stack([torch.randn(rollout["x_0"].shape[1:], generator=generator(
+                        "eps", config.seed, step, pair)) for pair in some.tolist()])
                     i = (index[some] - mine.start).to(device)
                     losses = pair_losses(model, rollout, i, t[some], eps.to(device),
                                          r[index[some].to(device)])
@@ -673,8 +675,7 @@ def train(config):
                         refuse(f"the loss of prompt {drawn[bad[0]][0]!r} is not finite; try a "
                                "smaller --lr, or --precision bf16 or fp32")
                     scaler.scale(total).backward()
-                    for name, x in zip(sums, losses):
-                        sums[name] += x.sum().item() / chosen.numel()
+                    log[:3] += torch.stack(losses).detach().double().sum(1).cpu() / chosen.numel()
                 for x in theta if WORLD > 1 else ():
                     dist.all_reduce(x.grad)                 # each process holds a part of the sum
                 scaler.unscale_(optimizer)
@@ -686,7 +687,7 @@ def train(config):
                 scaler.step(optimizer)
                 scaler.update()
                 skipped += scaler.get_scale() < scale               # overflow in fp16: no step made
-                sums["grad_norm"] += norm.nan_to_num(0, 0, 0).item() / config.updates / WORLD
+                log[3] += norm.nan_to_num(0, 0, 0).item() / config.updates / WORLD
                 lora.average("ema", config.ema)                 # what is evaluated and saved
 
             # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta (line 14)
@@ -695,8 +696,8 @@ def train(config):
             # Log, evaluate, save
             rough = rollout["laplacian"].mean().item()
             base = max(1e-9, run.rows[1]["laplacian"] if iteration > 1 else rough)  # of old = base
-            sums = {name: sum(each[name] for each in gather(sums)) for name in sums}
-            row = {"iteration": iteration, "images": iteration * N, "eta": eta, **sums,
+            log = dict(zip(("loss", "kl", "old_deviation", "grad_norm"), sum(gather(log)).tolist()))
+            row = {"iteration": iteration, "images": iteration * N, "eta": eta, **log,
                    "reward": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
                    **{f"reward/{name}": x.mean().item() for name, x in parts.items()},
                    "r_std": r.std(correction=0).item(),
@@ -728,11 +729,10 @@ def conclude(model, run, prompts):
                   value=0.83) for policy in (None, "ema")]      # a grey line between the two
     picture_grid(torch.cat(pair, 3), prompts, run.dir / "before_after.png", 4)
     first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
-    how = ", ".join(f"{name}={value:g}" for name, value in model.call.items())
     return (f"held-out reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} in "
             f"{last['seconds']:.0f} s; pictures: {run.dir}/before_after.png; to use the result "
-            f'(needs peft): pipe.load_lora_weights("{run.dir}"), then pipe(prompt, {how}); '
-            f"the run sampled with {type(model.pipe.scheduler).__name__}")
+            f'(needs peft): pipe.load_lora_weights("{run.dir}") and sample as the run did, by '
+            f"{type(model.pipe.scheduler).__name__} with {model.call}")
 
 def parse(argv):
     """Command line -> Config. Raises Failure."""
@@ -749,15 +749,15 @@ def parse(argv):
     if given.get("resume"):
         try:
             preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
-            preset = vars(parser.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in
-                                             preset.items() if k not in ("out", "resume")]))
+            preset = vars(parser.parse_args([f"--{k.replace('_', '-')}" + f"={v}" * (v is not True)
+                for k, v in preset.items() if v is not False and k not in ("out", "resume")]))
         except (OSError, LookupError, ValueError, AttributeError, Failure) as e:
             refuse(f"--resume: --out {given.get('out')} must hold a run ({e!r:.200}); correct it")
-        free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size"}
-        for key in given.keys() - free:
-            if given[key] != preset.get(key):
-                refuse(f"--{key.replace('_', '-')} {given[key]}: must stay {preset.get(key)} in "
-                       "this run; leave it out, or take another --out without --resume")
+        free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size",
+                "checkpointing"}
+        for key in {key for key in given.keys() - free if given[key] != preset.get(key)}:
+            refuse(f"--{key.replace('_', '-')} {given[key]}: must stay {preset.get(key)} in "
+                   "this run; leave it out, or take another --out without --resume")
     config = Config(**{**preset, **given})
     for f in dataclasses.fields(Config):
         low, value, high = f.metadata["low"], getattr(config, f.name), f.metadata["high"]

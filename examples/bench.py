@@ -107,6 +107,7 @@ def plain_losses(model, rollout, index, t, eps, r):
         return weight * (x0_hat - x_0).flatten(1).square().mean(1) / norm
     positive, negative = beta * theta + (1 - beta) * old, (1 + beta) * old - beta * theta
     loss = r * distance(positive) / beta + (1 - r) * distance(negative) / beta
+    model.policy = "theta"                                      # with --checkpointing backward calls the layers again
     return loss, (theta - reference).square().flatten(1).mean(1)
 
 
@@ -130,6 +131,7 @@ def iterate(loop, rewards, prompts, now):
             i = index[some].to(device)
             losses = loop.pair_losses(model, rollout, i, t[some], eps.to(device), r[i])
             scaler.scale((losses[0] + config.kl * losses[1]).sum() / len(index)).backward()
+            model.policy = None                                 # plain's: see plain_losses
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(theta, 1.0)
         scaler.step(optimizer)
@@ -151,6 +153,7 @@ def differences(loops, prompts):
         loss, kl = loop.pair_losses(loop.model, rollouts[0], *given)[:2]
         losses = loss, model.config.kl * kl
         gradients = torch.autograd.grad(sum(losses).sum(), model.lora.sets["theta"])
+        loop.model.policy = None
         found[loop.name] = {"images": [rollout["x_0"]], "losses": losses, "gradients": gradients}
     def apart(a, b):
         return (sum((x - y).square().sum() for x, y in zip(a, b)) / sum(x.square().sum() for x in b)).sqrt().item()
@@ -175,6 +178,35 @@ def shares(loop, rewards, prompts, now):
     spent["rollout"] = rollout - spent["reward"]
     spent["rest"] = rollout + training - sum(spent.values())
     return {name: x / (rollout + training) for name, x in spent.items()}
+
+
+def overhead(model, prompts, now):
+    """Seconds of nft.py's rollout over those of the pipeline alone, without adapter, scoring or records."""
+    size, start = model.config.batch_size, now()
+    nft.collect(model, [], prompts, ("overhead",), "old")
+    between = now()
+    for i in range(0, len(prompts), size):
+        texts = [text for text, _ in prompts[i:i + size]]
+        noise = [nft.generator("overhead", i + k) for k in range(len(texts))]
+        model.pipe(texts, generator=noise, output_type="pt", **model.call)
+    return (between - start) / (now() - between)
+
+
+def kept(model, prompts):
+    """Bytes that one batch of pairs keeps for its backward pass, the frozen weights left out."""
+    found, prompts = {}, prompts[:model.config.batch_size]
+    weights = {x.untyped_storage().data_ptr() for x in model.net.parameters()}
+    rollout, n = nft.collect(model, [], prompts, ("kept",), "old")[0], len(prompts)
+    def pack(x):
+        if (storage := x.untyped_storage()).data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()        # views of one tensor count once
+        return x
+    eps, r = torch.randn_like(rollout["x_0"]), torch.rand(n, device=model.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses = nft.pair_losses(model, rollout, torch.arange(n, device=model.device),
+                                 model.times[torch.arange(n) % len(model.times)], eps, r)
+        assert losses                                           # alive: no two of its tensors had one place
+    return sum(found.values())
 
 
 def peak_memory(device, reset=False):
@@ -286,7 +318,9 @@ def bench(own, config, name):
         print(f"| {kl:g} | {loop.name} | {show([len(prompts) / a for a, _ in mine])} | "
               f"{show([pairs / b for _, b in mine])} | {show([sum(x) for x in mine], 3)} | "
               f"{peak[kl, loop.name] / 1e9:.2f} | {'' if mine is plain else show(ratio)} |")
-    print()
+    over = [overhead(model, prompts, now) for _ in range(own.repeats)]
+    print(f"\nrollout over the pipeline alone, seconds: {show(over)}; kept for the backward pass of a batch: "
+          f"{kept(model, prompts) / 1e6:,.1f} MB\n")
     for config.kl, loop in rows:
         parts = shares(loop, rewards, prompts, now).items()
         print(f"kl {config.kl:g}, {loop.name}: " + ", ".join(f"{part} {100 * x:.1f}%" for part, x in parts))

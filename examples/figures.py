@@ -69,8 +69,20 @@ def reused(k):
     return mock.patch.object(nft, "collect", collect)
 
 
+def skipping():
+    """nft.pair_losses that leaves out the pairs of r = 1/2: images of a prompt whose rewards are all equal."""
+    original = nft.pair_losses
+    def pair_losses(model, rollout, index, t, eps, r):
+        useful = (r != 0.5).nonzero().flatten()
+        nothing = torch.zeros_like(r) + 0 * model.lora.sets["theta"][0].sum()       # has a gradient: 0
+        found = original(model, rollout, index[useful], t[useful.cpu()], eps[useful], r[useful]) if len(useful) else ()
+        return tuple(nothing.index_put((useful,), x) for x in found) or (nothing,) * 3
+    return mock.patch.object(nft, "pair_losses", pair_losses)
+
+
 CHANGES = {
     "": contextlib.nullcontext,
+    "skip": skipping,
     "positive": lambda: mock.patch.object(nft, "nft_loss", positive_only),
     "w=1": lambda: weighted(lambda t: t ** 0),
     "w=t": lambda: weighted(lambda t: t),
@@ -129,9 +141,10 @@ TUNED = {
     "flowgrpo": {"lr": 1.5e-3, "clip_range": 1e-3},
     "nft-sd3": {"lr": 3e-3, "beta": 0.3},
 }
-# The ablations' own settings: twice the preset's learning rate, as at its own nearly everything works for a while, and
-# on tiny-sd3 the average of theta of tiny, which follows a short run.
-ABLATED = {"tiny": {"lr": 2e-3, "eval_every": 2}, "tiny-sd3": {"lr": 3e-3, "ema": 0.9, "eval_every": 4}}
+# The ablations' own settings: a learning rate at which not everything works for a while, and on tiny-sd3 the average of
+# theta of tiny, which follows a short run.
+ABLATED = {"tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 2},
+           "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "ema": 0.9, "eval_every": 4}}
 
 
 def compared(key, model, iterations, flags):
@@ -145,6 +158,11 @@ def ablated(name="", model="tiny", change="", **flags):
     return (f"{name or 'default'}-{model}", "nft", model, 12 if model == "tiny" else 16, ABLATED[model] | flags, change)
 
 
+def signal_row(name="", change="", **flags):
+    """A row of the study of what an image is worth, and without arguments what its rows are compared with."""
+    return f"signal-{name or 'default'}", "nft", "tiny", 12, TUNED["nft"] | {"eval_every": 2} | flags, change
+
+
 FIGURES = {
     "tiny": [compared(key, "tiny", 24, {"eval_every": 2}) for key in ("nft", "ddpo", "dpok", "loop", "rwr", "rft")],
     "tiny-sd3": [compared(key, "tiny-sd3", iterations, {"eval_every": 4, "ema": 0.9})
@@ -156,6 +174,9 @@ FIGURES = {
     "weighting": [ablated("", "tiny-sd3"), *(ablated(w, "tiny-sd3", w) for w in ("w=1", "w=t", "w=1-t"))],
     "beta": [ablated(), *(ablated(f"beta-{beta:g}", beta=beta) for beta in (0.1, 0.3, 3))],
     "off-policy": [ablated(), ablated("reused-4", change="reused-4")],
+    "signal": [signal_row(), signal_row("skip", "skip"), signal_row("times-1", train_times=1),
+               *(signal_row(f"updates-{n}", updates=n) for n in (2, 8)),
+               *(signal_row(f"groups-{n}", groups=n, group_size=192 // n) for n in (8, 32))],
     "sweep": list(sweep()),
 }
 TITLES = {
@@ -168,6 +189,7 @@ TITLES = {
     "weighting": "Figure 9, weighting: default adaptive",
     "beta": "Figure 10, beta: default 1",
     "off-policy": "Images trained on k times: default once",
+    "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
 }
 NOTE = """An accuracy is that of 256 held-out prompts, one picture each, with a standard error of about 0.03; all rows
 share prompts and noise. `>` marks what was spent where the accuracy was not reached, and what rests on that (a ratio
@@ -183,25 +205,33 @@ worker = {}                                             # what `begin` leaves in
 # ---- Runs ----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def measured(solver):
-    """Evaluation by `solver` whatever the run's own is; rows get `cpu`, the process's seconds without evaluation.
+    """Evaluation by `solver` whatever the run's own is. Rows get `cpu`, the process's seconds, and `evaluations`, the
+    samples that went through the denoiser, both without evaluation: a forward pass with a backward one counts as one.
 
     These are seconds of a core, not of a clock, which other processes would slow down. A resumed run goes on from its
     last row's; loading is left out."""
-    collect, evaluate, log, since = nft.collect, nft.evaluate, nft.Run.log, []      # since: from when seconds count
+    collect, evaluate, log, since, count = nft.collect, nft.evaluate, nft.Run.log, [], []   # since: when cpu was 0
     def counted(model, rewards, prompts, key, policy):
-        since[:] = since or [time.process_time()] * (policy == "old")
+        if policy == "old":
+            since[:] = since or [time.process_time()]
+            count[:] = count or [baselines.Count(getattr(model, "model", model))]
         return collect(model, rewards, prompts, key, policy)
     def timed(model, *args):
-        began, pipe = time.process_time(), model.pipe
+        began, n, pipe = time.process_time(), [c.n for c in count], model.pipe
         own = nft.pick_solver(solver, pipe.scheduler.config, model.alphas_cumprod is None)
         with mock.patch.object(pipe, "scheduler", own):
             row = evaluate(model, *args)
         since[:] = [start + time.process_time() - began for start in since]
+        for c, before in zip(count, n):
+            c.n = before
         return row
     def add(run, row):
-        now, before = time.process_time(), run.rows[-1]["cpu"] if run.rows else 0.0
-        log(run, row | {"cpu": before + sum(now - start for start in since)})
+        now, last = time.process_time(), run.rows[-1] if run.rows else {"cpu": 0.0, "evaluations": 0}
+        log(run, {"evaluations": last["evaluations"] + sum(c.n for c in count)} | row | {
+            "cpu": last["cpu"] + sum(now - start for start in since)})
         since[:] = [now]
+        for c in count:
+            c.n = 0
     with mock.patch.multiple(nft, collect=counted, evaluate=timed), mock.patch.object(nft.Run, "log", add):
         yield
 
@@ -282,20 +312,14 @@ def run_all(tasks, jobs):
 
 # ---- What a run spent, and what came out ----------------------------------------------------------------------------
 def points(row, folder):
-    """A finished run's evaluated rows with `accuracy`, `roughness` and what it had spent (COSTS); else none.
-
-    baselines.py counts its network evaluations. nft.py's: the sampler's steps for an image, then at each noise level
-    that it is trained on one of theta, of old and, where --kl, of the base."""
+    """A finished run's evaluated rows with `accuracy`, `roughness` and what it had spent (COSTS); else none."""
     rows, reused = read(folder), int((row[5].partition("reused-")[2]) or 1)
     if not rows or rows[-1]["iteration"] < row[3]:
         return []
-    c, found = json.loads((folder / "config.json").read_text()), []
-    trained = min(c["train_times"], c["steps"]) * (3 if c["kl"] else 2)
-    for r in (r for r in rows if "eval_reward" in r):
-        images = c["groups"] * c["group_size"] * math.ceil(r["iteration"] / reused)
-        found.append({"images": images, "seconds": r["cpu"], "accuracy": r["eval_reward"], "roughness": r["roughness"],
-                      "evaluations": r.get("evaluations", images * c["steps"] + r["images"] * trained)})
-    return found
+    c = json.loads((folder / "config.json").read_text())
+    return [{"images": c["groups"] * c["group_size"] * math.ceil(r["iteration"] / reused), "seconds": r["cpu"],
+             "accuracy": r["eval_reward"], "roughness": r["roughness"], "evaluations": r["evaluations"]}
+            for r in rows if "eval_reward" in r]
 
 
 def reach(run, key, target):
@@ -449,11 +473,11 @@ def report(figures, seeds, out):
             for rows in figures.values() for row in rows}
     figures = {name: rows for name, rows in figures.items() if any(runs[row[0]] for row in rows)}
     compared = [name for name in ("tiny", "tiny-sd3") if name in figures]
-    ablated = [name for name in figures if name not in ("sweep", *compared)]
+    ablated = [name for name in figures if name not in ("sweep", "signal", *compared)]
     text = ""
     for name, rows in figures.items():
         made = sweep_table(rows, out, seeds[0]) if name == "sweep" else \
-            result_tables(rows, runs, COSTS if name in compared else ["images"])
+            result_tables(rows, runs, COSTS if name in ("signal", *compared) else ["images"])
         text += f"### {TITLES[name]}\n\n{made}\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text(text + NOTE)

@@ -80,6 +80,28 @@ def test_weighted_is_the_velocity_loss(change, w):
     assert_close(nft.pair_losses(*args), before)                # and nothing stays patched
 
 
+@pytest.mark.parametrize("r", [[0.5, 0.7, 0.5, 0.1], [0.5] * 4, [0.4, 0.6, 0.7, 0.9]])
+def test_skipping_leaves_out_what_has_no_direction(r, monkeypatch):
+    """Pairs of r = 1/2 are not evaluated and lose their loss, KL and gradient; the others' stay."""
+    theta, seen = torch.randn(7, requires_grad=True), []
+    def pair_losses(model, rollout, index, t, eps, r):
+        seen.extend(index.tolist())
+        loss = theta[index] * r + t
+        return loss, loss * 2, loss.detach() * 3
+    monkeypatch.setattr(nft, "pair_losses", pair_losses)
+    model = SimpleNamespace(lora=SimpleNamespace(sets={"theta": [theta]}))
+    index, t, r = torch.tensor([6, 2, 0, 3]), torch.arange(4.0), torch.tensor(r)
+    useful = r != 0.5
+    wish = [x * useful for x in pair_losses(None, None, index, t, None, r)]
+    gradient = torch.autograd.grad(wish[0].sum(), theta)[0]
+    seen.clear()
+    with figures.CHANGES["skip"]():
+        found = nft.pair_losses(model, None, index, t, torch.zeros(4, 1), r)
+    assert seen == index[useful].tolist()
+    assert_close(list(found), wish)
+    assert_close(torch.autograd.grad(found[0].sum(), theta)[0], gradient)
+
+
 @pytest.mark.parametrize("k", [2, 4])
 def test_reused_samples_every_kth_iteration(k, monkeypatch):
     """Iterations 1, k + 1, 2 k + 1 ... sample, the others get those images; evaluation is left alone."""
@@ -96,8 +118,9 @@ def test_reused_samples_every_kth_iteration(k, monkeypatch):
     assert [i for policy, i in sampled if policy == "ema"] == list(range(1, 9))
 
 
-def test_seconds_leave_out_loading_and_evaluation(monkeypatch):
-    """`cpu` is 0 before training, then sampling and training alone; the next run of the process, resumed, goes on."""
+def test_costs_leave_out_loading_and_evaluation(monkeypatch):
+    """Seconds and network evaluations are 0 before training, then those of sampling and training alone; the next run
+    of the process, resumed, goes on."""
     clock, solvers = [1000.0], []
     def spend(seconds):
         clock[0] += seconds
@@ -106,11 +129,14 @@ def test_seconds_leave_out_loading_and_evaluation(monkeypatch):
         nft.collect(model, rewards, prompts, ("evaluation",), "ema")
         spend(70)
     monkeypatch.setattr(time, "process_time", lambda: clock[0])
-    monkeypatch.setattr(nft, "collect", lambda *args: spend(3))
+    monkeypatch.setattr(nft, "collect", lambda model, *args: (spend(3), model.net(torch.zeros(5, 2))))
     monkeypatch.setattr(nft, "evaluate", evaluate)
     monkeypatch.setattr(nft.Run, "log", lambda run, row: run.rows.append(row))
     monkeypatch.setattr(nft, "pick_solver", lambda name, own, flow: name)
-    model = SimpleNamespace(pipe=SimpleNamespace(scheduler=SimpleNamespace(config={})), alphas_cumprod=None)
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return (x,)
+    model = SimpleNamespace(pipe=SimpleNamespace(scheduler=SimpleNamespace(config={})), alphas_cumprod=None, net=Net())
     run, own = SimpleNamespace(rows=[]), model.pipe.scheduler
     def train(iterations):
         with figures.measured("dpm2"):
@@ -127,6 +153,7 @@ def test_seconds_leave_out_loading_and_evaluation(monkeypatch):
     train([1, 2])
     train([3, 4])
     assert [row["cpu"] for row in run.rows] == [0, 13, 26, 39, 52]
+    assert [row["evaluations"] for row in run.rows] == [0, 5, 10, 15, 20]
     assert solvers == ["dpm2"] * 3 and model.pipe.scheduler is own
 
 
