@@ -143,7 +143,7 @@ TUNED = {
 }
 # The ablations' own settings: a learning rate at which not everything works for a while, and on tiny-sd3 the average of
 # theta of tiny, which follows a short run.
-ABLATED = {"tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 2},
+ABLATED = {"tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 3},
            "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "ema": 0.9, "eval_every": 4}}
 
 
