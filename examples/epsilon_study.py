@@ -5,8 +5,8 @@
     python examples/epsilon_study.py --plot examples/epsilon_study.png       # the table and plot, from --out
     python examples/epsilon_study.py --reward examples/learned.py:match --iterations 60 --out runs/learned
 
-A row changes the preset `tiny` with beta 1 in one thing, at an equal budget, and all run at a learning rate of
-2e-3: at half of it nearly everything works for a while, and the study would show luck alone. Runs
+A row changes the preset `tiny`, with beta 1 and 4 updates, in one thing, at an equal budget, and all run at
+a learning rate of 2e-3: at half of it nearly everything works for a while, and the study would show luck alone. Runs
 that --out already holds are not repeated. Besides roughness the table has three numbers of the held-out
 pictures, mean and standard deviation of the pixels and saturation (the spread between a pixel's
 channels): a grey or speckled picture fails, whatever its reward. The plot needs matplotlib.
@@ -110,8 +110,8 @@ def run(name, seed, args):
         return
     watch = ",".join(f"{HERE / 'epsilon_study.py'}:{f}" for f in ("pixel_mean", "pixel_std", "saturation"))
     watch += f",{EXACT}" * (args.reward != EXACT)
-    flags = dict(model=args.model, seed=seed, iterations=args.iterations, lr=args.lr, beta=1.0, eval_every=15, out=folder,
-                 reward=args.reward, watch=watch, **flags)
+    flags = dict(model=args.model, seed=seed, iterations=args.iterations, lr=args.lr, eval_every=15, out=folder,
+                 reward=args.reward, watch=watch, beta=1.0, updates=4, batch_size=64, **flags)
     command = [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))]
     with patched(*how):
         if nft.main(command + ["--resume"] * (folder / "checkpoint.pt").exists()):

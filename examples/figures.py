@@ -8,8 +8,8 @@
 
 A row is one setting of one method; its runs are ordinary run directories under --out, beside tables.md and the plots,
 and finished ones are not repeated. Every method has the same base, prompts, reward, LoRA, evaluation (the same noise
-and solver) and number of images an iteration; accuracy counts only beside roughness and the pictures. The plots need
-matplotlib.
+and solver), number of images an iteration and, where a row does not change it, of updates (4); accuracy counts only
+beside roughness and the pictures. The plots need matplotlib.
 SPDX-License-Identifier: MIT
 """
 import argparse
@@ -29,6 +29,7 @@ import time
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -69,6 +70,46 @@ def reused(k):
     return mock.patch.object(nft, "collect", collect)
 
 
+class Rounded(TorchDispatchMode):
+    """Each operation on fp32 tensors is computed in fp32 and rounded to `dtype`, as hardware that has it does."""
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        """The result of f; views, in-place operations and numbers stay as they are: what they hold is rounded."""
+        out = f(*args, **(kwargs or {}))
+        if f.is_view or f._schema.is_mutable:
+            return out
+        return nft.map_tensors(lambda x: x.to(self.dtype).float() if x.dtype == torch.float32 else x, out)
+
+
+@contextlib.contextmanager
+def rounded(dtype):
+    """nft.py as with a base in `dtype`, which itself takes a CPU without it ten times as long: the pipeline's weights
+    and each operation of it are rounded, forward and backward; LoRA and optimizer stay fp32. More is rounded than with
+    --precision: the loss's own backward pass, too. fp16 has its scaler, from 1024, as its 65536 would be infinite."""
+    load, sample, predict = nft.load_pipeline, nft.Model.sample, nft.Model.predict
+    backward, scaler = torch.Tensor.backward, torch.amp.GradScaler
+    def loaded(config, _):
+        pipe = load(config, dtype)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.float()
+        return pipe
+    def inside(f):
+        def call(*args):
+            with Rounded(dtype):
+                return f(*args)
+        return call
+    def scaled(device, enabled):
+        return scaler(device, init_scale=1024.0, enabled=dtype == torch.float16)
+    with mock.patch.object(nft, "load_pipeline", loaded), mock.patch.object(torch.amp, "GradScaler", scaled), \
+            mock.patch.object(torch.Tensor, "backward", inside(backward)), \
+            mock.patch.multiple(nft.Model, sample=inside(sample), predict=inside(predict)):
+        yield
+
+
 def skipping():
     """nft.pair_losses that leaves out the pairs of r = 1/2: images of a prompt whose rewards are all equal."""
     original = nft.pair_losses
@@ -83,6 +124,8 @@ def skipping():
 CHANGES = {
     "": contextlib.nullcontext,
     "skip": skipping,
+    "bf16": lambda: rounded(torch.bfloat16),
+    "fp16": lambda: rounded(torch.float16),
     "positive": lambda: mock.patch.object(nft, "nft_loss", positive_only),
     "w=1": lambda: weighted(lambda t: t ** 0),
     "w=t": lambda: weighted(lambda t: t),
@@ -177,6 +220,7 @@ FIGURES = {
     "signal": [signal_row(), signal_row("skip", "skip"), signal_row("times-1", train_times=1),
                *(signal_row(f"updates-{n}", updates=n) for n in (2, 8)),
                *(signal_row(f"groups-{n}", groups=n, group_size=192 // n) for n in (8, 32))],
+    "precision": [signal_row(), signal_row("bf16", "bf16"), signal_row("fp16", "fp16")],
     "sweep": list(sweep()),
 }
 TITLES = {
@@ -189,6 +233,7 @@ TITLES = {
     "weighting": "Figure 9, weighting: default adaptive",
     "beta": "Figure 10, beta: default 1",
     "off-policy": "Images trained on k times: default once",
+    "precision": "Precision of the base: default fp32",
     "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
 }
 NOTE = """An accuracy is that of 256 held-out prompts, one picture each, with a standard error of about 0.03; all rows
@@ -251,7 +296,7 @@ def run(row, folder, seed):
     resume = any(folder.glob("checkpoint*.pt"))
     if not resume:                                      # killed before it could save: it starts anew
         (folder / "config.json").unlink(missing_ok=True)
-    flags = {"model": model, "seed": seed, "iterations": iterations, "out": folder} | flags
+    flags = {"model": model, "seed": seed, "iterations": iterations, "out": folder, "updates": 4, "batch_size": 64} | flags
     argv = [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))] + ["--resume"] * resume
     with CHANGES[change](), measured("dpm2"), contextlib.redirect_stdout(io.StringIO()):
         return nft.main(argv) if method == "nft" else baselines.main([method, *argv])
@@ -473,7 +518,7 @@ def report(figures, seeds, out):
             for rows in figures.values() for row in rows}
     figures = {name: rows for name, rows in figures.items() if any(runs[row[0]] for row in rows)}
     compared = [name for name in ("tiny", "tiny-sd3") if name in figures]
-    ablated = [name for name in figures if name not in ("sweep", "signal", *compared)]
+    ablated = [name for name in figures if name not in ("sweep", "signal", "precision", *compared)]
     text = ""
     for name, rows in figures.items():
         made = sweep_table(rows, out, seeds[0]) if name == "sweep" else \

@@ -4,6 +4,7 @@
 SPDX-License-Identifier: MIT
 """
 import pathlib
+import re
 import sys
 
 import pytest
@@ -27,12 +28,12 @@ def pipelines(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ("sd15", "sdxl", "sd3", "flux"))
-@pytest.mark.parametrize("kl", ("0.1", "0"))
-def test_plain_computes_the_same(pipelines, name, kl):
+@pytest.mark.parametrize("more", (["--kl", "0.1"], ["--kl", "0"], ["--kl", "0.1", "--checkpointing"]))
+def test_plain_computes_the_same(pipelines, name, more):
     """The plain loop's images, losses and gradients are nft.py's to rounding, and those of three unlike networks."""
     model = nft.Model(nft.parse([
         "--model", f"{pipelines / name}", "--device", "cpu", "--resolution", "32", "--steps", "3", "--beta", "0.3",
-        "--kl", kl, "--out", "x", "--rank", "4", "--batch-size", "3"]))
+        "--out", "x", "--rank", "4", "--batch-size", "3", *more]))
     noise = nft.generator("test")
     for policy in ("theta", "old"):
         for x in model.lora.sets[policy]:
@@ -47,12 +48,23 @@ def test_plain_computes_the_same(pipelines, name, kl):
     assert min((outs[i] - outs[i - 1]).abs().max() for i in range(3)) > 1e-4
 
 
+def test_kept_is_what_checkpointing_saves(pipelines):
+    """The bytes kept for a backward pass leave out the frozen weights, and grow with the batch."""
+    def kept(batch_size, *more):
+        model = nft.Model(nft.parse(["--model", f"{pipelines / 'sd15'}", "--device", "cpu", "--resolution", "32", "--rank",
+                                     "2", "--steps", "2", "--batch-size", f"{batch_size}", "--out", "x", *more]))
+        return bench.kept(model, [("a red circle", {})] * 4)
+    one, two = kept(1), kept(2)
+    assert 1.9 < two / one < 2 and kept(2, "--checkpointing") < two / 2      # the adapters come once
+
+
 def test_bench_prints_its_tables(pipelines, capsys):
     """A row a loop and KL weight, a cost model a row that sums to one, and the growth."""
     flags = "--repeats 2 --growth --device cpu --resolution 32 --steps 2 --rank 4 --reward jpeg --groups 1"
     assert bench.main(["--model", f"{pipelines / 'sd15'}", *flags.split(), "--group-size", "2"]) == 0
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith(("| 0", "| 0.0001"))]
+    assert re.search(r"pipeline alone, seconds: \d.*; kept for the backward pass of a batch: \d.* MB", text)
     assert [row.split(" | ")[1] for row in rows] == ["nft.py", "plain"] * 2
     costs = [line.split(": ")[1] for line in text.splitlines() if line.startswith("kl ")]
     for cost in costs:

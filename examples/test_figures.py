@@ -80,6 +80,29 @@ def test_weighted_is_the_velocity_loss(change, w):
     assert_close(nft.pair_losses(*args), before)                # and nothing stays patched
 
 
+@pytest.mark.parametrize(("change", "dtype", "scale"), [("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)])
+def test_rounded_is_as_far_from_fp32_as_the_real_precision(change, dtype, scale):
+    """Emulated, a loss and its gradient are not fp32's, and lie as far from these as --precision takes them."""
+    torch.manual_seed(2)
+    eps, r, index, found = torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4), []
+    for name, precision in (("", "fp32"), ("", change), (change, "fp32")):
+        with figures.CHANGES[name]():
+            model = nft.Model(nft.parse(["--out", "x", "--device", "cpu", "--precision", precision]))
+            assert model.dtype == (dtype if precision == change else torch.float32)
+            noise = nft.generator("test")
+            for x in model.lora.sets["theta"] + model.lora.sets["old"]:
+                x.data += 0.01 * torch.randn(x.shape, generator=noise)
+            rollout = nft.collect(model, [], [("a red circle", {}), ("two blue squares", {})] * 2, (0,), "old")[0]
+            rollout["x_0"] = found[0][2] if found else rollout["x_0"]
+            loss, kl, _ = nft.pair_losses(model, rollout, index, model.times[index], eps, r)
+            ((loss + kl).sum() * scale).backward()
+            theta = model.lora.sets["theta"]
+            assert {x.dtype for x in theta} == {torch.float32}
+            found.append((loss.detach(), torch.cat([x.grad.flatten() for x in theta]) / scale, rollout["x_0"]))
+    for exact, real, emulated in list(zip(*found))[:2]:
+        assert 1 / 3 < (emulated - exact).norm() / (real - exact).norm() < 3
+
+
 @pytest.mark.parametrize("r", [[0.5, 0.7, 0.5, 0.1], [0.5] * 4, [0.4, 0.6, 0.7, 0.9]])
 def test_skipping_leaves_out_what_has_no_direction(r, monkeypatch):
     """Pairs of r = 1/2 are not evaluated and lose their loss, KL and gradient; the others' stay."""
