@@ -70,7 +70,7 @@ class Config:
     lr: float = flag(3e-4, "learning rate of AdamW", 1e-9)
     warmup: int = flag(10, "optimizer steps over which the learning rate rises", 0)
     beta: float = flag(1.0, "beta of Eq. (5): smaller is faster and less stable", 1e-9)
-    kl: float = flag(1e-4, "weight of the squared distance to the base model's output", 0)
+    kl: float = flag(1e-4, "weight of the mean squared distance to the base model's output", 0)
     eta: str = flag("0,0.001,0.5", "soft update eta_i: a constant, or START,SLOPE,MAX")
     z: float = flag(5.0, "Z_c = z * std of the iteration's rewards: smaller spreads r more", 1e-9)
     ema: float = flag(0.9, "decay a step of the average of theta that is evaluated and saved", 0, 1)
@@ -192,7 +192,7 @@ class LoRA:
         for i, name in enumerate(self.names):
             layer = net.get_submodule(name)
             A = torch.randn(rank, layer.in_features, generator=noise) / rank    # peft's "gaussian"
-            B = torch.zeros(layer.out_features, rank)
+            B = torch.zeros(layer.out_features, rank)       # theta = old = base, line 1
             start += [A.to(layer.weight.device), B.to(layer.weight.device)]
             layer.register_forward_hook(lambda _, args, out, i=i: self.add(args[0], out, i))
         self.sets = {name: [x.clone().requires_grad_(name == "theta") for x in start]
@@ -304,7 +304,7 @@ class Model:
 
     def predict(self, x_t, t, condition, policy):
         """The denoiser's output, fp32, like x_t (B, ...), under "theta", "old", "ema" or None."""
-        self.lora.active = policy
+        self.lora.active = policy                       # and stays: see pair_losses
         given = tree_map(lambda x: x() if callable(x) else x, condition)
         out = self.net(**given, **{self.input: x_t.to(self.dtype)}, timestep=t.to(self.device))[0]
         return out[:, :x_t.shape[1]].float()            # a learned variance would come after it
@@ -576,7 +576,7 @@ def pair_losses(model, rollout, index, t, eps, r):
     with torch.no_grad():
         out_old = model.predict(x_t, t, condition, "old")
         out_ref = model.predict(x_t, t, condition, None) if config.kl else None
-    out_theta = model.predict(x_t, t, condition, "theta")   # last: backward may call layers again
+    out_theta = model.predict(x_t, t, condition, "theta")   # last: --checkpointing recomputes it
     x0_old, _ = predict_x0(x_t, out_old, alpha_t, sigma_t, model.prediction)
     x0_theta, slope = predict_x0(x_t, out_theta, alpha_t, sigma_t, model.prediction)
     # Departs from section 3.3 for eps- and v-prediction: an error of the output moves x_0 by slope,
@@ -653,7 +653,7 @@ def train(config):
             noise = generator(config.seed, iteration, "training")
             shuffled = torch.rand(N, len(model.times), generator=noise).argsort(1)
             chosen = model.times[shuffled[:, :config.train_times]]  # Departs: not all of them
-            if config.times == "uniform":
+            if config.times == "uniform":                           # Departs, too: at any time
                 t = model.T * (1 - torch.rand(N, config.train_times, generator=noise))  # (0, T]
                 chosen = t * model.time_scale if model.alphas_cumprod is None else t.ceil() - 1
             log = torch.zeros(4, dtype=torch.float64)       # loss, kl, old_deviation, grad_norm
@@ -675,7 +675,7 @@ def train(config):
                         refuse(f"the loss of prompt {drawn[bad[0]][0]!r} is not finite; try a "
                                "smaller --lr, or --precision bf16 or fp32")
                     scaler.scale(total).backward()
-                    log[:3] += torch.stack(losses).detach().double().sum(1).cpu() / chosen.numel()
+                    log[:3] += torch.stack(losses).detach().cpu().double().sum(1) / chosen.numel()
                 for x in theta if WORLD > 1 else ():
                     dist.all_reduce(x.grad)                 # each process holds a part of the sum
                 scaler.unscale_(optimizer)
@@ -687,7 +687,7 @@ def train(config):
                 scaler.step(optimizer)
                 scaler.update()
                 skipped += scaler.get_scale() < scale               # overflow in fp16: no step made
-                log[3] += norm.nan_to_num(0, 0, 0).item() / config.updates / WORLD
+                log[3] += norm.nan_to_num(0, 0, 0).item() / config.updates / WORLD  # 0: skipped
                 lora.average("ema", config.ema)                 # what is evaluated and saved
 
             # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta (line 14)
@@ -739,7 +739,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(epilog=f"Presets change these: {PRESETS}", allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message}; see python nft.py --help")
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
             "type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default!r})", **kind)
@@ -749,12 +749,12 @@ def parse(argv):
     if given.get("resume"):
         try:
             preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
-            preset = vars(parser.parse_args([f"--{k.replace('_', '-')}" + f"={v}" * (v is not True)
-                for k, v in preset.items() if v is not False and k not in ("out", "resume")]))
+            preset = vars(parser.parse_args([
+                f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f"={v}" * (type(v) is not bool)
+                for k, v in preset.items() if k not in ("out", "resume")]))
         except (OSError, LookupError, ValueError, AttributeError, Failure) as e:
             refuse(f"--resume: --out {given.get('out')} must hold a run ({e!r:.200}); correct it")
-        free = {"out", "resume", "iterations", "eval_every", "save_every", "device", "batch_size",
-                "checkpointing"}
+        free = "out resume iterations eval_every save_every device batch_size checkpointing".split()
         for key in {key for key in given.keys() - free if given[key] != preset.get(key)}:
             refuse(f"--{key.replace('_', '-')} {given[key]}: must stay {preset.get(key)} in "
                    "this run; leave it out, or take another --out without --resume")

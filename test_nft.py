@@ -375,12 +375,13 @@ def test_checkpointing_trains_and_resumes(tmp_path):
     """A run with --checkpointing is the run without it, and may go on with or without it."""
     out = run("sd15", out=tmp_path / "run", checkpointing=True)
     assert_close(checkpoint(out), checkpoint(finished("sd15")), atol=1e-5, rtol=1e-4)
-    run("sd15", out=out, resume=True, iterations=3)
-    run("sd15", out=out, resume=True, iterations=4, checkpointing=True)
-    assert [row["iteration"] for row in metrics(out)] == [0, 1, 2, 3, 4]
+    for iterations, flag in ((3, "--no-checkpointing"), (4, "--checkpointing"), (5, "--resume")):
+        assert nft.main([*argv("sd15", out=out, iterations=iterations), "--resume", flag]) == 0
+        with_it = json.loads((out / "config.json").read_text())["checkpointing"]
+        assert with_it == (iterations > 3) and metrics(out)[-1]["iteration"] == iterations
 
 def test_fp16_is_scaled_and_unscaled(tmp_path, monkeypatch):
-    """fp16 has fp32's gradient norm before clipping; a step that overflows is left out and counted."""
+    """fp16 has fp32's gradient norm before clipping; a step that overflows is skipped and counted."""
     half = metrics(run("sd15", out=tmp_path / "half", precision="fp16"))
     assert half[2]["skipped_steps"] == 0
     for key in ("loss", "grad_norm", "reward"):

@@ -223,13 +223,14 @@ def step_losses(chain, rollout, i, k, A):
     method, model, config = METHODS[chain.config.method], chain.model, chain.config
     x, x_next, out_old = rollout["path"][i, k], rollout["path"][i, k + 1], rollout["outs"][i, k]
     condition = nft.map_tensors(lambda c: c[i], rollout["condition"])
-    out = model.predict(x, chain.times[k], condition, "theta")
+    if config.kl:
+        with torch.no_grad():
+            out_ref = model.predict(x, chain.times[k], condition, None)
+    out = model.predict(x, chain.times[k], condition, "theta")      # last: --checkpointing recomputes it
     (mean, std), (mean_old, _) = chain.gaussian(x, out, k), chain.gaussian(x, out_old, k)
     ratio = (log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)).exp()
     loss, kl = method.loss(ratio, A, config.clip_range), torch.zeros_like(A)
     if config.kl:
-        with torch.no_grad():
-            out_ref = model.predict(x, chain.times[k], condition, None)
         kl = method.kl(mean, chain.gaussian(x, out_ref, k)[0], std, out, out_ref)
     return loss, kl, (out.detach() - out_old).square().flatten(1).mean(1)
 
@@ -240,10 +241,11 @@ def denoising_losses(model, rollout, i, t, w, eps):
     alpha, sigma = model.alpha_sigma(t, x_0.ndim)
     target = {"flow_prediction": eps - x_0, "epsilon": eps, "v_prediction": alpha * eps - sigma * x_0}[model.prediction]
     x_t = alpha * x_0 + sigma * eps
-    out, kl = model.predict(x_t, t, condition, "theta"), torch.zeros_like(w)
     if model.config.kl:
         with torch.no_grad():
             out_ref = model.predict(x_t, t, condition, None)
+    out, kl = model.predict(x_t, t, condition, "theta"), torch.zeros_like(w)    # theta last, as above
+    if model.config.kl:
         kl = output_kl(None, None, None, out, out_ref)
     return w * (out - target).square().flatten(1).mean(1), kl, torch.zeros_like(w)
 

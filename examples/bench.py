@@ -11,7 +11,8 @@ prompts, noise, noise levels and batches, and computes the same images, losses a
 "apart" says how far they differ. Its order of work is that of the authors' scripts/train_nft_sd3.py: each image's
 prompt encoded; in rollouts the adapter beside its layer, as peft's B(A x) * 2; three forward passes a batch: old,
 theta, reference, the last one also where its weight is 0; adaptive weights in float64; one optimizer step an iteration.
-Left out is what else slows the released code: a frozen base in fp32 under autocast, cast in each pass, and DDP.
+Left out is what else slows the released code: a frozen base in fp32 under autocast, cast in each pass, and DDP; and
+of nft.train a noise generator a pair, the check for finite losses and the log.
 
 The loops alternate in one process, the order turned around each round; the first round is a warm-up. The learning
 rate is 0, so that each round does the same work. Tables give the median [lowest, highest] of --repeats rounds. A pair
@@ -69,7 +70,7 @@ class Plain(nft.Model):
     def sample(self, prompts, seeds, policy):
         """nft.Model.sample's dict, by the pipeline on a list of prompts, one an image."""
         seen, last = [], {}
-        self.policy, noise = policy, [nft.generator(*seed) for seed in seeds]
+        self.policy, self.lora.active, noise = policy, None, [nft.generator(*seed) for seed in seeds]
         with self.net.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True):
             images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call,
                                callback_on_step_end=lambda pipe, step, t, given: last.update(given) or {}).images
@@ -319,8 +320,8 @@ def bench(own, config, name):
               f"{show([pairs / b for _, b in mine])} | {show([sum(x) for x in mine], 3)} | "
               f"{peak[kl, loop.name] / 1e9:.2f} | {'' if mine is plain else show(ratio)} |")
     over = [overhead(model, prompts, now) for _ in range(own.repeats)]
-    print(f"\nrollout over the pipeline alone, seconds: {show(over)}; kept for the backward pass of a batch: "
-          f"{kept(model, prompts) / 1e6:,.1f} MB\n")
+    print(f"\nseconds of the rollout over those of the pipeline alone: {show(over)}; kept for the backward pass of a "
+          f"batch: {kept(model, prompts) / 1e6:,.1f} MB\n")
     for config.kl, loop in rows:
         parts = shares(loop, rewards, prompts, now).items()
         print(f"kl {config.kl:g}, {loop.name}: " + ", ".join(f"{part} {100 * x:.1f}%" for part, x in parts))

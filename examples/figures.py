@@ -111,7 +111,8 @@ def rounded(dtype):
 
 
 def skipping():
-    """nft.pair_losses that leaves out the pairs of r = 1/2: images of a prompt whose rewards are all equal."""
+    """nft.pair_losses that leaves out the pairs of r = 1/2, images with their prompt's mean reward, as where all are
+    equal: with them goes their pull to the old and to the base model, and the log counts them as 0."""
     original = nft.pair_losses
     def pair_losses(model, rollout, index, t, eps, r):
         useful = (r != 0.5).nonzero().flatten()
@@ -255,11 +256,11 @@ def measured(solver):
 
     These are seconds of a core, not of a clock, which other processes would slow down. A resumed run goes on from its
     last row's; loading is left out."""
-    collect, evaluate, log, since, count = nft.collect, nft.evaluate, nft.Run.log, [], []   # since: when cpu was 0
+    collect, evaluate, log, since, count = nft.collect, nft.evaluate, nft.Run.log, [], []   # since: the last row's
     def counted(model, rewards, prompts, key, policy):
         if policy == "old":
             since[:] = since or [time.process_time()]
-            count[:] = count or [baselines.Count(getattr(model, "model", model))]
+            count[:] = count or [baselines.Count(getattr(model, "model", model))]        # a Chain's
         return collect(model, rewards, prompts, key, policy)
     def timed(model, *args):
         began, n, pipe = time.process_time(), [c.n for c in count], model.pipe
@@ -296,7 +297,8 @@ def run(row, folder, seed):
     resume = any(folder.glob("checkpoint*.pt"))
     if not resume:                                      # killed before it could save: it starts anew
         (folder / "config.json").unlink(missing_ok=True)
-    flags = {"model": model, "seed": seed, "iterations": iterations, "out": folder, "updates": 4, "batch_size": 64} | flags
+    pinned = {"updates": 4, "batch_size": 64}           # whatever the preset's
+    flags = {"model": model, "seed": seed, "iterations": iterations, "out": folder} | pinned | flags
     argv = [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v))] + ["--resume"] * resume
     with CHANGES[change](), measured("dpm2"), contextlib.redirect_stdout(io.StringIO()):
         return nft.main(argv) if method == "nft" else baselines.main([method, *argv])
@@ -412,7 +414,8 @@ def label(row):
     name, method, model, _, flags, change = row
     if name == f"{model}-{method}":
         return {"nft": "NFT", "flowgrpo": "FlowGRPO"}.get(method, method.upper())
-    return change or settings((*row[:4], dict(flags.items() - ABLATED[model].items()))) or "default"
+    usual = TUNED["nft"] if name.startswith("signal") else ABLATED[model]
+    return change or settings((*row[:4], {k: v for k, v in flags.items() if usual.get(k) != v})) or "default"
 
 
 def table(titles, lines):
@@ -531,7 +534,7 @@ def report(figures, seeds, out):
         plot([(TITLES[name], figures[name], cost) for name in compared for cost in COSTS], runs, out / "comparison.png")
     if ablated:
         plot([(TITLES[name], figures[name], "images") for name in ablated], runs, out / "ablations.png")
-    for name in compared + ablated:
+    for name in figures.keys() - {"sweep"}:
         pictures(figures[name], out, seeds[0], out / f"grids-{name}.png")
 
 

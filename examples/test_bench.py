@@ -51,8 +51,9 @@ def test_plain_computes_the_same(pipelines, name, more):
 def test_kept_is_what_checkpointing_saves(pipelines):
     """The bytes kept for a backward pass leave out the frozen weights, and grow with the batch."""
     def kept(batch_size, *more):
-        model = nft.Model(nft.parse(["--model", f"{pipelines / 'sd15'}", "--device", "cpu", "--resolution", "32", "--rank",
-                                     "2", "--steps", "2", "--batch-size", f"{batch_size}", "--out", "x", *more]))
+        model = nft.Model(nft.parse([
+            "--model", f"{pipelines / 'sd15'}", "--device", "cpu", "--resolution", "32", "--rank", "2", "--out", "x",
+            "--steps", "2", "--batch-size", f"{batch_size}", *more]))
         return bench.kept(model, [("a red circle", {})] * 4)
     one, two = kept(1), kept(2)
     assert 1.9 < two / one < 2 and kept(2, "--checkpointing") < two / 2      # the adapters come once
@@ -64,7 +65,7 @@ def test_bench_prints_its_tables(pipelines, capsys):
     assert bench.main(["--model", f"{pipelines / 'sd15'}", *flags.split(), "--group-size", "2"]) == 0
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith(("| 0", "| 0.0001"))]
-    assert re.search(r"pipeline alone, seconds: \d.*; kept for the backward pass of a batch: \d.* MB", text)
+    assert re.search(r"pipeline alone: \d.*; kept for the backward pass of a batch: \d.* MB", text)
     assert [row.split(" | ")[1] for row in rows] == ["nft.py", "plain"] * 2
     costs = [line.split(": ")[1] for line in text.splitlines() if line.startswith("kl ")]
     for cost in costs:
