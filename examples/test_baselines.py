@@ -310,6 +310,16 @@ def test_equal_rewards_teach_nothing(root, method):
     assert metrics(out)[2]["evaluations"] == 2 * 6 * 3
 
 
+@pytest.mark.parametrize("method", ["flowgrpo", "rwr"])
+def test_checkpointing_changes_nothing(root, method):
+    """--checkpointing trains what a run without it trains, also beside the base's own predictions."""
+    model = "tiny-sd3" if method == "flowgrpo" else "tiny"
+    outs = [run(root, f"{method}{more}", [method, "--model", model, *more], kl=0.1, iterations=1)
+            for more in ([], ["--checkpointing"])]
+    plain, again = (torch.load(out / "checkpoint.pt", weights_only=True)["lora"]["theta"] for out in outs)
+    assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
 def test_resume_goes_on_where_it_was(root):
     """One iteration and one more are two in one go: weights, counts, and DDPO's memory of the prompts' rewards."""
     run(root, "whole", ["ddpo"])
