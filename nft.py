@@ -88,12 +88,12 @@ class Config:
     save_every: int = flag(10, "iterations between checkpoints", 1)
 
 TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.txt",
-            eval_prompts="examples/shapes_heldout.txt", solver="dpm2", iterations=60,
-            batch_size=64, updates=4, train_times=3, lr=1e-3, kl=0.1)
+            eval_prompts="examples/shapes_heldout.txt", solver="dpm2", batch_size=64, updates=4)
 PRESETS = {                                     # rows of defaults: no code depends on a name
-    "tiny": dict(TINY, path="examples/tiny-sd15"),
+    "tiny": dict(TINY, path="examples/tiny-sd15", iterations=24, train_times=3, lr=2e-3,
+                 beta=0.3, kl=0.1, eval_every=6),
     "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=130,
-                     lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20),
+                     train_times=3, lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20),
     "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1, solver="dpm2"),
     "sdxl": dict(path="stabilityai/stable-diffusion-xl-base-1.0", kl=0.1, solver="dpm2"),
     "sd3": dict(path="stabilityai/stable-diffusion-3.5-medium", resolution=512, solver="dpm2"),
@@ -147,7 +147,7 @@ def optimality_reward(raw, groups, z=5.0):
     return (0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)).float()
 
 def adaptive_loss(x0_hat, x_0):
-    """||x0_hat - x_0||^2 / sg(mean |x0_hat - x_0|), section 3.3: (B, ...), (B, ...) -> (B,)."""
+    """||x0_hat - x_0||^2 / sg(mean |x0_hat - x_0|), section 3.3, for Eq. (1)'s w(t): -> (B,)."""
     error = (x0_hat - x_0).flatten(1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
@@ -160,7 +160,7 @@ def nft_loss(x0_theta, x0_old, x0, r, beta, distance=adaptive_loss):
     x0_negative = (1 + beta) * x0_old - beta * x0_theta     # implicit negative policy, line 11
     loss = r * distance(x0_positive, x0) + (1 - r) * distance(x0_negative, x0)      # Eq. (5)
     # Departs from Eq. (5): over beta, as in the released code, so that beta moves the optimum
-    # v_old + (2 / beta) Delta of Eq. (6) and not the size of the gradient.
+    # v_old + (2 / beta) Delta of Eq. (6), with Eq. (4)'s Delta, and not the size of the gradient.
     return loss / beta
 
 def soft_update_decay(i, schedule="0,0.001,0.5"):
