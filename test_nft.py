@@ -284,6 +284,7 @@ def folded(model, adapter, x_t, t, condition):
                for name, A, B in zip(model.lora.names, adapter[::2], adapter[1::2])}
     given = {k: v() if callable(v) else v for k, v in condition.items()}    # FLUX's ids
     inputs = {model.input: x_t, "timestep": t, **given, "return_dict": False}
+    model.lora.active = None                        # the hooks' own adapter stays out
     return torch.func.functional_call(model.net, weights, (), inputs)[0]
 def pair_loss(model, sets, theta, one, t, eps, r):
     """Loss, KL, old deviation of one image at one time, in the space of the denoiser's output."""

@@ -287,7 +287,7 @@ def test_bad_input_is_refused(capfd, flags, says):
 
 
 @pytest.mark.parametrize("given, says", [
-    (["--lr"], "--lr"), (["train"], "train"), (["--no-resume"], "--no-resume"), (["-r", "jpeg"], "-r"),
+    (["--lr"], "--lr"), (["train"], "train"), (["--no-lr"], "--no-lr"), (["-r", "jpeg"], "-r"),
     (["--", "--"], "--"), (["--resume", "--out"], "--out"), (["--groups=3", "--groups=-3"], "--groups -3")], ids=str)
 def test_bad_syntax_is_refused(capfd, given, says):
     """A command line that cannot be read is refused like one with a bad value."""
