@@ -764,8 +764,8 @@ def parse(argv):
         if low is not None and not low <= value < high:
             refuse(f"--{f.name.replace('_', '-')} {value}: must be a number >= {low} and < {high}; "
                    f"try {preset.get(f.name, f.default)}")
-    if config.updates > config.groups * config.group_size:
-        refuse(f"--updates {config.updates}: must be at most the images of an iteration; try 1")
+    if config.updates > (images := config.groups * config.group_size):
+        refuse(f"--updates {config.updates}: must be at most the iteration's images; try {images}")
     try:
         soft_update_decay(1, config.eta)
     except ValueError:

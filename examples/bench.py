@@ -320,8 +320,8 @@ def bench(own, config, name):
               f"{show([pairs / b for _, b in mine])} | {show([sum(x) for x in mine], 3)} | "
               f"{peak[kl, loop.name] / 1e9:.2f} | {'' if mine is plain else show(ratio)} |")
     over = [overhead(model, prompts, now) for _ in range(own.repeats)]
-    print(f"\nseconds of the rollout over those of the pipeline alone: {show(over)}; kept for the backward pass of a "
-          f"batch: {kept(model, prompts) / 1e6:,.1f} MB\n")
+    print(f"\nseconds of the rollout over those of the pipeline alone: {show(over)}; kept for the backward pass of "
+          f"{min(len(prompts), config.batch_size)} pairs: {kept(model, prompts) / 1e6:,.1f} MB\n")
     for config.kl, loop in rows:
         parts = shares(loop, rewards, prompts, now).items()
         print(f"kl {config.kl:g}, {loop.name}: " + ", ".join(f"{part} {100 * x:.1f}%" for part, x in parts))

@@ -65,7 +65,7 @@ def test_bench_prints_its_tables(pipelines, capsys):
     assert bench.main(["--model", f"{pipelines / 'sd15'}", *flags.split(), "--group-size", "2"]) == 0
     text = capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith(("| 0", "| 0.0001"))]
-    assert re.search(r"pipeline alone: \d.*; kept for the backward pass of a batch: \d.* MB", text)
+    assert re.search(r"pipeline alone: \d.*; kept for the backward pass of 2 pairs: \d.* MB", text)
     assert [row.split(" | ")[1] for row in rows] == ["nft.py", "plain"] * 2
     costs = [line.split(": ")[1] for line in text.splitlines() if line.startswith("kl ")]
     for cost in costs:
