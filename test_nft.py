@@ -1,6 +1,6 @@
 """The laws of nft.py and its promises to the user: each test's docstring states one.
 
-    pip install pytest peft; python -m pytest -q test_nft.py       # under two minutes on two cores
+    pip install pytest peft; python -m pytest -q test_nft.py       # two to three minutes on two cores
 
 No network and no GPU are needed; peft serves pipe.load_lora_weights alone.
 SPDX-License-Identifier: MIT
@@ -431,7 +431,7 @@ def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, flags):
     """Exit 2, one line with value, rule and mend, no traceback; nothing made, nothing changed."""
     flags = dict(x.split("=", 1) for x in flags.format(ROOT=ROOT).split("&"))
     def tree():
-        return {p: p.stat().st_mtime_ns for folder in (finished("sd15"), ROOT, tmp_path)
+        return {p: p.lstat().st_mtime_ns for folder in (finished("sd15"), ROOT, tmp_path)
                 for p in folder.rglob("*") if "__pycache__" not in p.parts}
     monkeypatch.chdir(tmp_path)
     before, (key, value), _ = tree(), [*flags.items()][0], capsys.readouterr()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 
 TEMP = tempfile.TemporaryDirectory()
 ROOT = pathlib.Path(os.environ.setdefault("NFT_TEST_ROOT", TEMP.name))      # of all test files
@@ -23,6 +24,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.testing import assert_close  # noqa: E402
 
+import nft  # noqa: E402
 import untrained  # noqa: E402
 
 REWARDS = '''
@@ -59,7 +61,9 @@ def run(folder, processes, out, reward="red", **flags):
                  group_size=5, batch_size=2, updates=2, steps=3, rank=4, resolution=32, eval_every=2, kl=0.5, eta=0.3,
                  lr=0.01, beta=0.7) | flags
     argv = [x for k, v in flags.items() for x in ("--" + k.replace("_", "-"), str(v)) if x != "True"]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    if processes == 1:                                  # this one
+        return types.SimpleNamespace(returncode=nft.main(argv), stderr="")
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run([sys.executable, *launch, HERE.parent / "nft.py", *argv], capture_output=True, text=True,
                           timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
