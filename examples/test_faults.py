@@ -275,7 +275,7 @@ BAD = [({k: v.replace("\\0", "\0") for k, v in flags.items()}, re.escape(says).r
        for flags, says in BAD]
 BAD += [(dict(out=f"{AREA}/{'x' * 300}"), "--out .*xxx"), (dict(model="a\nb\0"), "--model a"),
         (dict(prompts="a\0b"), "--prompts a"), (dict(out="run", resume="yes"), "--resume"),
-        (dict(out="none", resume=True), "--out none"), (dict(out=None, resume=True), "--out"),
+        (dict(out="none", resume=True), "--out none"), (dict(out=None, resume=True), "--out DIR"),
         (dict(out="folder", resume=True), "--out folder"), (dict(out="p.txt", resume=True), "--out p.txt"),
         (dict(out="run\0", resume=True), "--out run"),
         (dict(model=ROOT / "sd3", solver="ddim", resolution=None), "--solver ddim"),
