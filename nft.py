@@ -753,7 +753,7 @@ def parse(argv):
                 f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f"={v}" * (type(v) is not bool)
                 for k, v in preset.items() if k not in ("out", "resume")]))
         except (OSError, LookupError, ValueError, AttributeError, Failure) as e:
-            refuse(f"--resume: --out {given.get('out', 'DIR')} must hold a run ({e!r:.99}); fix it")
+            refuse(f"--resume: --out {given.get('out', 'DIR')} must be a run ({e!r:.200}); fix it")
         free = "out resume iterations eval_every save_every device batch_size checkpointing".split()
         for key in {key for key in given.keys() - free if given[key] != preset.get(key)}:
             refuse(f"--{key.replace('_', '-')} {given[key]}: must stay {preset.get(key)} in "

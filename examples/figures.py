@@ -16,6 +16,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -539,7 +540,7 @@ def report(figures, seeds, out):
 
 
 def quick(row):
-    """A row in about a third of its iterations, evaluated every other one: evaluation costs as much as training."""
+    """A row in about a third of its iterations, evaluated every other one: it costs almost as much as one."""
     *row, iterations, flags, change = row
     return (*row, max(4, iterations // 3), flags | {"eval_every": 2}, change)
 
@@ -554,6 +555,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="processes, each on one core")
     parser.add_argument("--plot", action="store_true", help="draw what is there and run nothing")
     args = parser.parse_args()
+    if not importlib.util.find_spec("matplotlib"):      # before the runs, not after
+        parser.error("the plots need matplotlib: pip install matplotlib")
     left_out = {"sweep", "precision", "signal"} if args.quick else {"sweep"}
     args.figures = args.figures or [name for name in FIGURES if name not in left_out]
     if unknown := set(args.figures) - set(FIGURES):

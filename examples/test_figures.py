@@ -259,6 +259,18 @@ def test_report(tmp_path, capsys):
     assert {"comparison.png", "grids-tiny.png"} <= {file.name for file in tmp_path.glob("*.png")}
 
 
+@pytest.mark.parametrize("missing, flags, says", [(["matplotlib"], [], "pip install matplotlib"),
+                                                  ([], ["--figures", "tiny,none"], "--figures none")])
+def test_refusals(monkeypatch, capsys, missing, flags, says):
+    """No matplotlib, or a figure that is not there: one clear line before anything is run."""
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: name not in missing)
+    monkeypatch.setattr(figures, "run_all", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["figures.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        figures.main()
+    assert stopped.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_every_row_is_evaluated_by_the_same_solver():
     """dpm2 is the ODE solver also where the rollouts' scheduler, whose settings it takes, is its SDE sibling."""
     from diffusers import DDIMScheduler
