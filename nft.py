@@ -2,7 +2,8 @@
 
 Sample images with any solver, score them, and fine-tune with a supervised loss that contrasts an
 implicit positive and an implicit negative policy: no likelihoods, no trajectories, no guidance.
-Paper: "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXiv 2509.16117.
+Numbers of equations, sections and lines are those of the paper, arXiv 2509.16117; "Departs" marks
+where the code does, and README.md lists it.
 
     python nft.py                                       # a tiny pipeline, on a CPU, in minutes
     python nft.py --model sd15 --reward aesthetic       # Stable Diffusion 1.5, LAION aesthetics
@@ -13,509 +14,652 @@ Paper: "DiffusionNFT: Online Diffusion Reinforcement with Forward Process", arXi
     x_t       x_t            alpha_t x_0 + sigma_t eps, with eps ~ N(0, I): the forward process
     v_theta   out_theta      the trained denoiser's output (velocity, eps or v); x0_theta as sample
     v_old     out_old        the sampling policy, which follows theta slowly; x0_old as sample
-    v_ref     out_ref        the model before training (adapter off)
+    v_ref     out_ref        the model before training: its adapter is off
     r_raw, r  raw, r         the reward, and the optimality in [0, 1] that it is normalised to
     beta      beta           how far the implicit policies lie from v_old, Eq. (5)
     eta_i     eta            share of theta_old that stays after iteration i, Algorithm 1 line 14
     Z_c, K    z, group_size  Z_c = z * std of the rewards; K images a prompt
+    D         D              an iteration's images with their r, Algorithm 1 lines 6 to 14
 
-Equation, section and line numbers are the paper's; README.md lists the departures from it.
 SPDX-License-Identifier: MIT
 """
+
 import argparse
+import contextlib
 import dataclasses
 import functools
+import importlib.util
+import inspect
 import io
 import json
 import math
 import os
-import pathlib
 import random
 import re
-import runpy
-import signal
 import sys
 import textwrap
 import time
 import zipfile
-from inspect import signature
+from collections import namedtuple
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
 
-# ---- Config: one typed field a flag --------------------------------------------------------------
+# Under torchrun each process samples, scores and trains its share of the images.
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class UserError(Exception):
+    """A flag, file, reward or run is at fault: one line with the value, the rule and the mend."""
+
+    status = 2  # of the command: 1 once training has begun, 130 where it was interrupted
+
+
+def reason(error):
+    """An exception in one line: its type and the end of its text, where libraries are plain."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[-300:]}"
+
+
+@contextlib.contextmanager
+def blame(rule, mend="correct it"):
+    """Around a call into other people's code or files: where it fails, UserError with `rule`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{rule} ({reason(error)}); {mend}") from error
+
+
+# ---- Config ------------------------------------------------------------------------------------
 def flag(default, help, low=None, high=math.inf, choices=None):
-    """A field of Config and a command-line flag; a number lies in [low, high)."""
-    return dataclasses.field(default=default, metadata=locals())
+    """A field of Config that is also a command-line flag. A number lies in [low, high)."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. A preset (--model) replaces defaults; a flag always wins."""
+    """Every setting. As a library, `reward` may be a function or a dict {name: function}, too."""
+
     model: str = flag("tiny", "tiny, tiny-sd3, sd15, sdxl, sd3, flux, a directory or a hub id")
-    reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W or FILE.py:FUNCTION; see the README")
+    reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W, FILE.py:FUNCTION or package:FUNCTION")
     watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
-    prompts: str = flag("examples/animals.txt", ".txt (one a line) or .jsonl (`prompt`, metadata)")
+    prompts: str = flag("", ".txt (one a line) or .jsonl (`prompt`, metadata); empty: animals")
     eval_prompts: str = flag("", "held-out prompts; empty: a tenth of --prompts, 64 at most")
     out: str = flag("", "run directory; empty: a new one under runs/")
     resume: bool = flag(False, "go on with the run in --out")
-    iterations: int = flag(100, "iterations i of Algorithm 1", 1)
-    groups: int = flag(16, "prompts an iteration", 1)
-    group_size: int = flag(12, "images a prompt, K", 2)
-    batch_size: int = flag(4, "images in one forward pass: memory and speed", 1)
-    updates: int = flag(1, "optimizer steps an iteration, which share its images", 1)
-    train_times: int = flag(2, "noise levels t an image, at most those of the sampler", 1)
-    times: str = flag("sampler", "where these lie", choices=("sampler", "uniform"))
-    lr: float = flag(3e-4, "learning rate of AdamW", 1e-9)
-    warmup: int = flag(10, "optimizer steps over which the learning rate rises", 0)
-    beta: float = flag(1.0, "beta of Eq. (5): smaller is faster and less stable", 1e-9)
-    kl: float = flag(1e-4, "weight of the mean squared distance to the base model's output", 0)
+    iterations: int = flag(100, "iterations i of Algorithm 1", low=1)
+    groups: int = flag(16, "prompts an iteration", low=1)
+    group_size: int = flag(12, "images a prompt, K", low=2)
+    batch_size: int = flag(4, "images in one forward pass: memory and speed", low=1)
+    updates: int = flag(1, "optimizer steps an iteration, which share its images", low=1)
+    train_times: int = flag(2, "noise levels t an image, at most those of the sampler", low=1)
+    lr: float = flag(3e-4, "learning rate of AdamW", low=1e-9)
+    warmup: int = flag(10, "optimizer steps over which the learning rate rises", low=0)
+    beta: float = flag(1.0, "beta of Eq. (5): smaller is faster and less stable", low=1e-9)
+    kl: float = flag(1e-4, "weight of the squared distance to the base model's output", low=0)
     eta: str = flag("0,0.001,0.5", "soft update eta_i: a constant, or START,SLOPE,MAX")
-    z: float = flag(5.0, "Z_c = z * std of the iteration's rewards: smaller spreads r more", 1e-9)
-    ema: float = flag(0.9, "decay a step of the average of theta that is evaluated and saved", 0, 1)
-    rank: int = flag(32, "LoRA rank; alpha is twice the rank", 1)
+    z: float = flag(5.0, "Z_c = z * std of the rewards: smaller spreads r more", low=1e-9)
+    ema: float = flag(0.9, "decay of the average of theta that is evaluated and saved", 0, 1)
+    rank: int = flag(32, "LoRA rank; alpha is twice the rank", low=1, high=4097)
     solver: str = flag("", "dpm2, euler ... or a class of diffusers; empty: the pipeline's own")
-    steps: int = flag(10, "sampling steps", 1)
-    guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", 1)
-    resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", 0)
-    max_sequence_length: int = flag(0, "text tokens, where a pipeline takes it; 0: its own", 0)
-    precision: str = flag("auto", "of the base", choices=("auto", "fp32", "bf16", "fp16"))
-    checkpointing: bool = flag(False, "recompute activations: less memory, a slower backward pass")
+    steps: int = flag(10, "sampling steps", low=1)
+    guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", low=1)
+    resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", low=0)
+    max_sequence_length: int = flag(0, "text tokens, if a pipeline takes it; 0: its own", low=0)
+    precision: str = flag("auto", "of the frozen base", choices=("auto", "fp32", "bf16", "fp16"))
+    checkpointing: bool = flag(False, "recompute activations: less memory, slower")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = flag(0, "fixes prompts, noise and the adapter's start")
     eval_every: int = flag(10, "iterations between evaluations; the first is before training", 1)
-    save_every: int = flag(10, "iterations between checkpoints", 1)
+    save_every: int = flag(1, "iterations between saves to the disk: what a failure can lose", 1)
 
-TINY = dict(reward="examples/shapes.py:reward", prompts="examples/shapes_train.txt",
-            eval_prompts="examples/shapes_heldout.txt", solver="dpm2", batch_size=64, updates=4)
-PRESETS = {                                     # rows of defaults: no code depends on a name
-    "tiny": dict(TINY, path="examples/tiny-sd15", iterations=24, train_times=3, lr=2e-3,
-                 beta=0.3, kl=0.1, eval_every=6),
-    "tiny-sd3": dict(TINY, path="examples/tiny-sd3", max_sequence_length=2, iterations=130,
-                     train_times=3, lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20),
-    "sd15": dict(path="stable-diffusion-v1-5/stable-diffusion-v1-5", kl=0.1, solver="dpm2"),
-    "sdxl": dict(path="stabilityai/stable-diffusion-xl-base-1.0", kl=0.1, solver="dpm2"),
-    "sd3": dict(path="stabilityai/stable-diffusion-3.5-medium", resolution=512, solver="dpm2"),
-    "flux": dict(path="black-forest-labs/FLUX.1-dev", resolution=512, guidance=3.5)}  # an input
-SOLVERS = {                 # short names of diffusers' schedulers; flow takes the FlowMatch ones
-    "ddim": "DDIM", "ddpm": "DDPM", "euler": "EulerDiscrete", "euler-a": "EulerAncestralDiscrete",
-    "heun": "HeunDiscrete", "lcm": "LCM", "unipc": "UniPCMultistep", "dpm2": "DPMSolverMultistep",
-    "dpm2-sde": "DPMSolverMultistep"}
 
-class Failure(Exception):
-    """One line for the user: the value, the rule, the mend."""
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+FLAGS = {name: "--" + name.replace("_", "-") for name in FIELDS}
 
-def refuse(message):
-    """Raise Failure."""
-    raise Failure(message)
+TINY = dict(reward="examples/tiny/shapes.py:reward", prompts="examples/tiny/train.txt")
+TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2")
+TINY |= dict(batch_size=64, updates=4, train_times=3)
+TINY_SD3 = dict(iterations=130, lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20, max_sequence_length=2)
+PRESETS = {  # defaults that a model replaces; a flag always wins
+    "tiny": TINY | dict(iterations=24, lr=2e-3, beta=0.3, kl=0.1, eval_every=6),
+    "tiny-sd3": TINY | TINY_SD3,
+    "sd15": dict(kl=0.1, solver="dpm2"),
+    "sdxl": dict(kl=0.1, solver="dpm2"),
+    "sd3": dict(resolution=512, solver="dpm2"),
+    # Guidance is an input of this distilled model, not a second forward pass.
+    "flux": dict(resolution=512, guidance=3.5),
+}
+MODELS = dict(sdxl="stabilityai/stable-diffusion-xl-base-1.0", flux="black-forest-labs/FLUX.1-dev")
+MODELS |= {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny": "examples/tiny/sd15"}
+MODELS |= {"sd3": "stabilityai/stable-diffusion-3.5-medium", "tiny-sd3": "examples/tiny/sd3"}
 
-# ---- The method: pure functions of tensors and scalars -------------------------------------------
+
+# ---- The method: pure functions of tensors and scalars -----------------------------------------
 def alpha_sigma(t, alphas_cumprod=None):
-    """Coefficients of the forward process x_t = alpha_t x_0 + sigma_t eps (section 2).
-    Rectified flow (alphas_cumprod None): t in [0, 1], alpha = 1 - t, sigma = t. Otherwise t in
-    [0, T - 1], rounded, indexes alphas_cumprod (T,) = alpha^2. Both are shaped like t."""
+    """alpha_t, sigma_t of x_t = alpha_t x_0 + sigma_t eps (section 2), shaped like t.
+
+    t: in [0, 1] for a rectified flow, else in [0, T - 1]; then alphas_cumprod (T,) is alpha^2.
+    """
     if alphas_cumprod is None:
         return 1 - t, t
     alpha_squared = alphas_cumprod[t.round().long()]
     return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
+
 def predict_x0(x_t, out, alpha_t, sigma_t, prediction):
-    """The clean sample that a denoiser's output stands for, and its slope |d x_0 / d out|.
-    x_t, out: (B, ...); alpha_t, sigma_t: broadcastable to them. prediction, as diffusers names it:
-    "flow_prediction" (v = eps - x_0), "epsilon", "v_prediction" (v = alpha eps - sigma x_0). x_0 is
-    affine in out with coefficients of (x_t, t) alone: mixing outputs mixes clean samples."""
+    """The clean sample (B, ...) that a denoiser's output means, and its slope |d x_0 / d out|.
+
+    prediction: "flow_prediction" (eps - x_0), "epsilon", "v_prediction" (alpha eps - sigma x_0).
+    """
     if prediction == "flow_prediction":
         return x_t - sigma_t * out, sigma_t
     if prediction == "epsilon":
-        alpha_t = alpha_t.clamp_min(2 ** -12)           # 0 where the schedule ends in pure noise
+        # alpha is 0 where the schedule ends in pure noise.
+        alpha_t = alpha_t.clamp_min(2**-12)
         return (x_t - sigma_t * out) / alpha_t, sigma_t / alpha_t
     return alpha_t * x_t - sigma_t * out, sigma_t
 
+
 def optimality_reward(raw, groups, z=5.0):
-    """r = 1/2 + 1/2 clip[(r_raw - mean of its group) / Z_c, -1, 1], the optimality (section 3.3).
-    raw: (B,) rewards, finite, of any unit. groups: (B,) integers, equal for images of one prompt.
-    Z_c = z * (population std of all B rewards + 1e-4), as in the released code: with z = 5, a
-    reward one std above its group's mean gets r = 0.6, so r stays near 1/2, hardly ever clipped.
-    Returns r (B,), float32, in [0, 1]. Raises ValueError for a reward that is not finite."""
-    raw = torch.as_tensor(raw, dtype=torch.float64)     # the mean of equal rewards is theirs
+    """r = 1/2 + 1/2 clip[(r_raw - mean of its group) / Z_c, -1, 1]: (B,) in [0, 1], section 3.3.
+
+    raw: (B,) finite rewards of any unit. groups: (B,) integers, equal for images of one prompt.
+    Z_c = z * (population std of all B rewards + 1e-4). Raises ValueError where one is not finite.
+    """
+    # In double precision the mean of equal rewards is exactly theirs, and r exactly 1/2.
+    raw = torch.as_tensor(raw, dtype=torch.float64)
     groups = torch.as_tensor(groups, device=raw.device)
-    if not torch.isfinite(raw).all():
+    if not raw.isfinite().all():
         raise ValueError("a reward is not finite")
     mean = torch.stack([raw[groups == group].mean() for group in groups])
-    Z_c = z * (raw.std(correction=0) + 1e-4)        # Departs from section 3.3: as the released code
+    # Departs from section 3.3, as the released code: Z_c is the spread of the whole iteration.
+    Z_c = z * (raw.std(correction=0) + 1e-4)
     return (0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)).float()
+
 
 def adaptive_loss(x0_hat, x_0):
     """||x0_hat - x_0||^2 / sg(mean |x0_hat - x_0|), section 3.3, for Eq. (1)'s w(t): -> (B,)."""
     error = (x0_hat - x_0).flatten(1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
-def nft_loss(x0_theta, x0_old, x0, r, beta, distance=adaptive_loss):
+
+def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
     """The DiffusionNFT loss of each sample, Eq. (5), in the space of clean samples: (B,).
-    x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and by the old
-    policy, the latter without gradient. x0: (B, ...), the sampled x_0. r: (B,) in [0, 1]. beta > 0.
-    distance: (B, ...), (B, ...) -> (B,). No schedule enters: x_0 is affine in v (predict_x0)."""
-    x0_positive = (1 - beta) * x0_old + beta * x0_theta     # implicit positive policy, line 10
-    x0_negative = (1 + beta) * x0_old - beta * x0_theta     # implicit negative policy, line 11
-    loss = r * distance(x0_positive, x0) + (1 - r) * distance(x0_negative, x0)      # Eq. (5)
-    # Departs from Eq. (5): over beta, as in the released code, so that beta moves the optimum
-    # v_old + (2 / beta) Delta of Eq. (6), with Eq. (4)'s Delta, and not the size of the gradient.
+
+    x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and the old policy;
+    no gradient flows into the latter. x_0: (B, ...), the sampled images. r: (B,), in [0, 1].
+    The optimum is v_old + (2 / beta) Delta, Eq. (6), with the Delta of Eq. (4).
+    """
+    x0_old = x0_old.detach()
+    # The paper mixes velocities:
+    #   v_positive = (1 - beta) v_old + beta v_theta        (line 10)
+    #   v_negative = (1 + beta) v_old - beta v_theta        (line 11)
+    # x_0 is affine in v, with coefficients of (x_t, t) alone (predict_x0), and the weights sum to
+    # one: so the clean samples of these mixtures are the same mixtures of the clean samples.
+    x0_positive = (1 - beta) * x0_old + beta * x0_theta
+    x0_negative = (1 + beta) * x0_old - beta * x0_theta
+    loss = r * distance(x0_positive, x_0) + (1 - r) * distance(x0_negative, x_0)
+    # Departs from Eq. (5), as the released code: divided by beta, so that beta moves the optimum
+    # and not the size of the gradient.
     return loss / beta
 
-def soft_update_decay(i, schedule="0,0.001,0.5"):
-    """eta_i of theta_old <- eta_i theta_old + (1 - eta_i) theta, Algorithm 1 line 14.
-    i: the iteration just completed, counted from 1. schedule: a constant, or "START,SLOPE,MAX" for
-    min(max(SLOPE (i - START), 0), MAX): the paper's default is 0,0.001,0.5, its OCR run
-    75,0.0075,0.999. Returns a float in [0, 1]; raises ValueError where that cannot be."""
-    numbers = [float(x) for x in str(schedule).split(",")]
-    start, slope, top = numbers if len(numbers) == 3 else (0.0, 1e9, *numbers)
-    if not (0 <= top <= 1 and 0 <= slope < math.inf and abs(start) < math.inf):
-        raise ValueError(f"eta {schedule}: must lie in [0, 1] and not fall")
-    return min(max(slope * (i - start), 0.0), top)
 
-# ---- The denoiser and its LoRA: theta, old, EMA and reference share one frozen base --------------
-# Attention projections, by the names of their roles in every UNet and transformer of diffusers.
+def soft_update_decay(i, schedule="0,0.001,0.5"):
+    """eta_i in [0, 1] of theta_old <- eta_i theta_old + (1 - eta_i) theta, Algorithm 1 line 14.
+
+    i: the iteration just completed, from 1. schedule: a constant, or "START,SLOPE,MAX" for
+    min(max(SLOPE (i - START), 0), MAX): in the paper's OCR run 75,0.0075,0.999. Else ValueError.
+    """
+    numbers = [float(number) for number in str(schedule).split(",")]
+    if len(numbers) == 1 and 0 <= numbers[0] <= 1:
+        return numbers[0]
+    if len(numbers) == 3:
+        start, slope, maximum = numbers
+        if math.isfinite(start) and 0 <= slope < math.inf and 0 <= maximum <= 1:
+            return min(max(slope * (i - start), 0.0), maximum)
+    raise ValueError(f"eta {schedule}: must be a constant in [0, 1], or START,SLOPE,MAX")
+
+
+# ---- LoRA: theta, old, EMA and reference share one frozen base ---------------------------------
 TARGETS = re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$")
 
+
+def generator(*key):
+    """A CPU random generator that depends on `key` alone: no state to save, no device to match."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
 class LoRA:
-    """Adapter sets "theta", "old" and "ema" on the attention projections of `net`, by hooks.
-    `active` names the set in use; None is the base model, v_ref. A set is a list of fp32 tensors
-    [A (rank, in), B (out, rank), A, B, ...]; a layer computes W x + 2 B A x (alpha = 2 rank)."""
+    """Adapters on the attention projections of `net`, by hooks: a layer computes W x + 2 B A x.
+
+    `active` names the one in use: "theta", "old", "ema", or None for the base model, v_ref. Each is
+    a list of fp32 tensors [A_0, B_0, A_1, B_1, ...], A: (rank, in), B: (out, rank).
+    """
+
     def __init__(self, net, rank, seed):
         net.requires_grad_(False)
-        self.names = [name for name, layer in net.named_modules()
-                      if isinstance(layer, torch.nn.Linear) and TARGETS.search(name)]
-        if not self.names:
-            raise ValueError("no attention projections in the denoiser")
-        noise, start, self.active = generator(seed, "lora"), [], None   # layer i: 2i, 2i + 1
-        for i, name in enumerate(self.names):
-            layer = net.get_submodule(name)
-            A = torch.randn(rank, layer.in_features, generator=noise) / rank    # peft's "gaussian"
-            B = torch.zeros(layer.out_features, rank)       # theta = old = base, line 1
-            start += [A.to(layer.weight.device), B.to(layer.weight.device)]
-            layer.register_forward_hook(lambda _, args, out, i=i: self.add(args[0], out, i))
-        self.sets = {name: [x.clone().requires_grad_(name == "theta") for x in start]
-                     for name in ("theta", "old", "ema")}
+        self.active = None
+        self.layers = []
+        start = []
+        noise = generator(seed, "lora")
+        for name, layer in net.named_modules():
+            if isinstance(layer, torch.nn.Linear) and TARGETS.search(name):
+                # peft's "gaussian" start. B = 0: theta = old = base, before line 1.
+                A = torch.randn(rank, layer.in_features, generator=noise) / rank
+                start += [A, torch.zeros(layer.out_features, rank)]
+                layer.register_forward_hook(functools.partial(self.add_adapter, len(self.layers)))
+                self.layers.append(name)
+        self.adapters = {}
+        for name in ("theta", "old", "ema"):
+            self.adapters[name] = [x.to(net.device, copy=True) for x in start]
+        for x in self.adapters["theta"]:
+            x.requires_grad_()
 
-    def add(self, x, out, i):
-        """out + 2 B A x for layer i, in the base's precision; gradients add up in fp32 A and B."""
+    def add_adapter(self, i, layer, args, out):
+        """The hook of layer i: out + 2 B A x, in the base's precision."""
         if self.active is None:
             return out
-        A, B = self.sets[self.active][2 * i:2 * i + 2]
-        return out + F.linear(F.linear(x, A.to(x.dtype)), 2 * B.to(x.dtype))
+        A, B = self.adapters[self.active][2 * i : 2 * i + 2]
+        return out + F.linear(F.linear(args[0], A.to(out.dtype)), 2 * B.to(out.dtype))
 
     @torch.no_grad()
     def average(self, name, decay):
-        """set[name] <- decay * set[name] + (1 - decay) * theta."""
-        for average, theta in zip(self.sets[name], self.sets["theta"]):
-            average.copy_(decay * average + (1 - decay) * theta)
+        """adapter <- decay * adapter + (1 - decay) * theta: line 14 for "old", and the EMA."""
+        for x, theta in zip(self.adapters[name], self.adapters["theta"], strict=True):
+            x.copy_(decay * x + (1 - decay) * theta)
 
-def generator(*key):
-    """A CPU random generator that depends on `key` alone: nothing to save, no device to match."""
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
-def map_tensors(f, *trees):
-    """One tree (dicts, lists, tuples) for several of equal form: f(tensors) at each tensor."""
-    return tree_map(lambda x, *rest: f(x, *rest) if isinstance(x, torch.Tensor) else x, *trees)
-
-class Model:
-    """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
-    def __init__(self, config):
-        self.config, (self.device, self.dtype) = config, pick_device(config)
-        self.pipe = pipe = load_pipeline(config, self.dtype).to(self.device)
-        try:                                        # what cannot run fails before we write anything
-            pipe.set_progress_bar_config(disable=True)
-            self.component = "unet" if hasattr(pipe, "unet") else "transformer"
-            self.net, solver = getattr(pipe, self.component), pipe.scheduler
-            self.T, self.signature = solver.config.num_train_timesteps, signature(self.net.forward)
-            self.input = next(iter(self.signature.parameters))          # "sample", "hidden_states"
-            named = "flow_prediction" if "FlowMatch" in str(type(solver)) else None
-            self.prediction = named or solver.config.get("prediction_type")
-            flow, known = self.prediction == "flow_prediction", hasattr(solver, "alphas_cumprod")
-            if not (flow or known and self.prediction in ("epsilon", "v_prediction")):
-                raise ValueError(f"{type(solver).__name__} of {self.prediction}: no flow, eps or v")
-            self.alphas_cumprod = None if flow else solver.alphas_cumprod.to(self.device)
-            if config.solver:
-                pipe.scheduler = pick_solver(config.solver, solver.config, flow)
-            if pipe.vae.config.get("force_upcast") and self.dtype == torch.float16:     # overflows
-                decode = pipe.vae.float().decode
-                pipe.vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
-            call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance,
-                        height=config.resolution, width=config.resolution,
-                        max_sequence_length=config.max_sequence_length)
-            self.call = {name: value for name, value in call.items() if value}  # 0: its own default
-            self.lora = LoRA(self.net, config.rank, config.seed)
-            self.sample([""], [("probe",)], None)
-            if config.checkpointing:
-                self.net.enable_gradient_checkpointing()
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
-                ArithmeticError) as e:
-            refuse(f"--model {config.model}: must be text to image with a VAE, one denoiser with "
-                   f"attention and a known forward process, and fit --solver {config.solver}, "
-                   f"--steps {config.steps}, --rank {config.rank} and --resolution "
-                   f"{config.resolution}: {e!r:.300}; change one of them")
-
-    @torch.no_grad()
-    def sample(self, prompts, seeds, policy):
-        """One image a prompt from the pipeline itself, under `policy`: "old", "ema" or None (base),
-        from noise of the keys in `seeds`, one an image. Returns {x_0: latents (B, ...) in fp32,
-        images: (B, 3, H, W) in [0, 1], condition: the denoiser's other arguments, by name}."""
-        seen, heard = [], []            # what the denoiser got and said; what the solver made of it
-        noise, step = [generator(*seed) for seed in seeds], self.pipe.scheduler.step
-        def record(_, args, kwargs, out):
-            given = dict(self.signature.bind(*args, **kwargs).arguments)
-            t = torch.as_tensor(given.pop("timestep")).flatten()[:1].cpu()
-            seen.append((t, out[0][:, :given.pop(self.input).shape[1]], given))
-        own = {"generator": noise} if "generator" in signature(step).parameters else {}
-        @functools.wraps(step)                          # pipelines look at its signature
-        def listen(out, t, *args, **kwargs):            # SD3 and FLUX give no generator: ours, then
-            heard.append((float(t), out, result := step(out, t, *args, **own | kwargs)))
-            return result
-        self.lora.active, self.pipe.scheduler.step = policy, listen
-        with self.net.register_forward_hook(record, with_kwargs=True):      # for this call only
-            images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call).images
-        self.lora.active = None
-        del self.pipe.scheduler.step
-        _, out, condition = seen[0]
-        if not hasattr(self, "times"):                  # the probe: one image
-            self.check_clock(seen, heard)
-            self.shared = map_tensors(lambda x: x.shape[:1] != out.shape[:1], condition)
-        # With guidance the conditional half, the second, is what we train. What has no row an image
-        # (FLUX's ids) hides behind a function, so that it is never joined and never indexed.
-        condition = map_tensors(lambda x, shared: functools.partial(x.clone) if shared else
-                                x[-len(prompts):], condition, self.shared)
-        x_0 = heard[-1][2][0].float()                   # what the solver's last step arrived at
-        if not (x_0.isfinite().all() and images.isfinite().all()):
-            refuse("a sample is not finite; try --precision bf16 or fp32, or a smaller --lr")
-        return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
-
-    def check_clock(self, seen, heard):
-        """Learn how the pipeline scales time; refuse another direction, sign or noise schedule."""
-        times, solver = torch.cat([t for t, _, _ in seen]), self.pipe.scheduler
-        self.times, self.time_scale = times.unique(), times[0].item() / (heard[0][0] or 1)
-        _, sigma = self.alpha_sigma(times[::len(seen) // len(heard)])
-        ours, theirs = (sigma, solver.sigmas[:len(sigma)]) if self.alphas_cumprod is None else (
-            self.alphas_cumprod, solver.alphas_cumprod)
-        off = (ours.cpu() - theirs.cpu()).abs().max()
-        agree = (seen[-1][1][-1:].float() * heard[-1][1][-1:]).sum() > 0    # as with guidance, too
-        if not (agree and times[0] >= times[-1] and off < 0.02):
-            raise ValueError(f"{type(solver).__name__} has another sign, or other noise levels")
-
-    def predict(self, x_t, t, condition, policy):
-        """The denoiser's output, fp32, like x_t (B, ...), under "theta", "old", "ema" or None."""
-        self.lora.active = policy                       # and stays: see pair_losses
-        given = tree_map(lambda x: x() if callable(x) else x, condition)
-        out = self.net(**given, **{self.input: x_t.to(self.dtype)}, timestep=t.to(self.device))[0]
-        return out[:, :x_t.shape[1]].float()            # a learned variance would come after it
-
-    def alpha_sigma(self, t, ndim=1):
-        """alpha_t, sigma_t at times (B,) as the denoiser takes them, shaped (B, 1, ...) of ndim."""
-        t = t.to(self.device).float().view(-1, *[1] * (ndim - 1)) / self.time_scale
-        return alpha_sigma(t / self.T if self.alphas_cumprod is None else t, self.alphas_cumprod)
-
+# ---- Mixed precision ---------------------------------------------------------------------------
+# In half precision: the frozen base (denoiser, text encoders, VAE) and all that flows through it;
+# bf16 where the GPU has it, else fp16 (a VAE that overflows there is found by `sample`).
+# In fp32: the adapters (cast where a layer uses them), their gradients, AdamW; x_0, x_t, and the
+# denoiser's outputs from `predict` on; the loss, r, and what rewards return.
+# fp16 has no gradients below 6e-8. So the GradScaler multiplies the loss before backward(), divides
+# the gradients before they are clipped, and makes no step where one overflowed (`gradient_step`).
 def pick_device(config):
-    """--device and the dtype of --precision; auto is CUDA with bf16 or fp16, else CPU with fp32."""
-    auto, precision = "cuda" if torch.cuda.is_available() else "cpu", config.precision
-    try:
-        device = torch.empty(0, device=config.device.replace("auto", auto)).device
-    except (RuntimeError, AssertionError) as e:
-        refuse(f"--device {config.device}: must be usable here ({e!r:.200}); try --device auto")
-    if precision == "auto" and device.type == "cuda":       # T4 and V100 only emulate bf16
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    """The device of --device, and the dtype of the frozen base. Raises UserError."""
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    with blame(f"--device {config.device}: must be usable here", "try auto"):
+        device = torch.empty(0, device=config.device.replace("auto", automatic)).device
+    precision = config.precision
+    if precision == "auto" and device.type == "cuda":
+        # T4 and V100 only emulate bf16.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
+
+# ---- The pipeline: sampler, denoiser and forward process ---------------------------------------
+SOLVERS = dict(ddim="DDIM", ddpm="DDPM", euler="EulerDiscrete", heun="HeunDiscrete", lcm="LCM")
+SOLVERS |= {"euler-a": "EulerAncestralDiscrete", "unipc": "UniPCMultistep"}
+SOLVERS |= {"dpm2": "DPMSolverMultistep", "dpm2-sde": "DPMSolverMultistep"}
+
+
 def locate(path):
-    """A path as it is, or else beside nft.py: presets work from any directory."""
-    beside = pathlib.Path(__file__).resolve().parent / path
-    return str(beside if beside.exists() and not os.path.exists(path) else path)
+    """A path as it is, or else beside nft.py: presets work from any directory. UserError."""
+    beside = Path(__file__).resolve().parent / path
+    if os.path.exists(path) or not path.startswith("examples/"):
+        return path
+    if not beside.exists():
+        raise UserError(f"{path}: is part of the repository; clone it, or give files of your own")
+    return str(beside)
+
+
+def map_tensors(f, *trees):
+    """Apply f to the tensors of nested dicts, lists and tuples of equal form; other leaves stay."""
+    return tree_map(lambda x, *others: f(x, *others) if torch.is_tensor(x) else x, *trees)
+
 
 def load_pipeline(config, dtype):
     """The pipeline of --model, without its safety checker, which would black images out."""
     import diffusers
     import transformers
+
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    path = locate(PRESETS.get(config.model, {}).get("path", config.model))
-    try:
-        return diffusers.DiffusionPipeline.from_pretrained(
-            path, dtype=dtype, safety_checker=None, feature_extractor=None, add_watermarker=False)
-    except Exception as e:
-        refuse(f"--model {config.model}: must be a preset ({', '.join(PRESETS)}), a pipeline "
-               f"directory or a hub id within reach ({e!r:.200}); correct it")
+    off = dict(safety_checker=None, feature_extractor=None, add_watermarker=False)
+    rule = f"must be of {', '.join(PRESETS)}, or a pipeline directory or hub id within reach"
+    path = locate(MODELS.get(config.model, config.model))
+    with blame(f"--model {config.model}: {rule}"):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
-def pick_solver(name, own, flow):
-    """A scheduler of diffusers by short or class name, with the forward process of config `own`."""
+
+def is_flow(scheduler):
+    """Is it the scheduler of a rectified flow?"""
+    named = scheduler.config.get("prediction_type") == "flow_prediction"
+    return named or "FlowMatch" in type(scheduler).__name__
+
+
+def pick_solver(name, scheduler):
+    """A scheduler of diffusers by short or class name, with the forward process of `scheduler`."""
     import diffusers
+
     kind = SOLVERS.get(name, name.removesuffix("Scheduler")) + "Scheduler"
-    kind = flow and getattr(diffusers, f"FlowMatch{kind}", None) or getattr(diffusers, kind, None)
-    known = {*signature(kind).parameters} if hasattr(kind, "set_timesteps") else set()
-    if not known & ({"shift", "use_flow_sigmas"} if flow else {"beta_schedule"}):
-        refuse(f"--solver {name}: must be a diffusers scheduler {'' if flow else 'not '}for flow, "
-               f"by class name or as {', '.join(SOLVERS)}; leave it out")
-    given = {"clip_sample": False}                      # latents are not confined to [-1, 1]
-    given |= {"algorithm_type": "sde-" * ("sde" in name) + "dpmsolver++"} if "dpm2" in name else {}
-    if flow:
-        shift = own.get("shift", own.get("flow_shift", 1.0))
-        given.update(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
-    return kind.from_config(own, **{k: given[k] for k in known & given.keys()})
+    solver = getattr(diffusers, kind, None)
+    needed = "beta_schedule"
+    options = {"clip_sample": False}
+    if name in ("dpm2", "dpm2-sde"):
+        options["algorithm_type"] = "dpmsolver++" if name == "dpm2" else "sde-dpmsolver++"
+    if is_flow(scheduler):
+        solver = getattr(diffusers, f"FlowMatch{kind}", solver)
+        needed = "shift" if "FlowMatch" in str(solver) else "use_flow_sigmas"
+        shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
+        options |= dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+    known = inspect.signature(solver).parameters if hasattr(solver, "set_timesteps") else ()
+    if needed not in known:
+        rule = f"must be of {', '.join(SOLVERS)} or a scheduler of diffusers that takes {needed}"
+        raise UserError(f"--solver {name}: {rule}; leave it out")
+    return solver.from_config(scheduler.config, **{k: options[k] for k in options if k in known})
 
-# ---- Rewards: f(images (B, 3, H, W) in [0, 1], prompts, metadata) -> B numbers -------------------
-REWARDS = "aesthetic", "clip", "pickscore", "jpeg", "incompressible"    # examples/named_rewards.py
 
-def load_rewards(spec, flag="--reward", run=runpy.run_path):
-    """"NAME=W,FILE.py:FUNCTION" -> [(name, weight, function)]. Raises Failure."""
-    rewards = []
-    for part in filter(None, map(str.strip, spec.split(","))):
-        name, _, weight = part.partition("=")
-        path, _, function = (f"examples/named_rewards.py:{name}" if name in REWARDS else name
-                             ).rpartition(":")
+class Model:
+    """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
+
+    def __init__(self, config):
+        self.config = config
+        self.device, self.dtype = pick_device(config)
+        self.pipe = load_pipeline(config, self.dtype).to(self.device)
+        self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
+        self.net = getattr(self.pipe, self.component, None)
+        scheduler = self.pipe.scheduler
+        flow = is_flow(scheduler)
+        self.prediction = "flow_prediction" if flow else scheduler.config.get("prediction_type")
+        self.alphas_cumprod = None if flow else getattr(scheduler, "alphas_cumprod", None)
+        known = flow or self.prediction in ("epsilon", "v_prediction")
+        if self.net is None or not known or (self.alphas_cumprod is None and not flow):
+            self.refuse("must have one denoiser, unet or transformer, of flow, epsilon or v")
+        self.signature = inspect.signature(self.net.forward)
+        # The argument that takes x_t: "sample" or "hidden_states".
+        self.input = next(iter(self.signature.parameters))
+        self.T = scheduler.config.num_train_timesteps
+        if not flow:
+            self.alphas_cumprod = self.alphas_cumprod.to(self.device)
+        if config.solver:
+            self.pipe.scheduler = pick_solver(config.solver, scheduler)
+        self.call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance)
+        if config.resolution:
+            self.call |= dict(height=config.resolution, width=config.resolution)
+        if config.max_sequence_length:
+            self.call["max_sequence_length"] = config.max_sequence_length
+        self.lora = LoRA(self.net, config.rank, config.seed)
+        if not self.lora.layers:
+            self.refuse("must have attention projections in its denoiser")
+        self.probe()
+        if config.checkpointing:
+            self.net.enable_gradient_checkpointing()
+
+    def refuse(self, rule):
+        raise UserError(f"--model {self.config.model}: {rule}; take another text-to-image pipeline")
+
+    @torch.no_grad()
+    def sample(self, prompts, seeds, policy):
+        """The pipeline's own picture of each prompt, from the noise of its key in `seeds`.
+
+        policy: "theta", "old", "ema", or None for the base model. Returns x_0: latents (B, ...) in
+        fp32; images: (B, 3, H, W) in [0, 1]; condition: the denoiser's arguments with a row each.
+        """
+        noise = [generator(*seed) for seed in seeds]
+        solver_step = self.pipe.scheduler.step
+        draws = "generator" in inspect.signature(solver_step).parameters
+        self.calls, self.steps = [], []
+
+        def hear_denoiser(net, args, kwargs, out):
+            given = dict(self.signature.bind(*args, **kwargs).arguments)
+            channels = given.pop(self.input).shape[1]
+            t = torch.as_tensor(given.pop("timestep")).flatten()[:1].cpu()
+            # A learned variance would come after the sample's channels.
+            self.calls.append((t, given, out[0][:, :channels]))
+
+        @functools.wraps(solver_step)  # pipelines look at its signature
+        def hear_solver(out, t, *args, **kwargs):
+            if draws:
+                # SD3 and FLUX do not hand their generators on.
+                kwargs.setdefault("generator", noise)
+            result = solver_step(out, t, *args, **kwargs)
+            self.steps.append((float(t), out, result[0]))
+            return result
+
+        self.lora.active = policy
+        hook = self.net.register_forward_hook(hear_denoiser, with_kwargs=True)
+        self.pipe.scheduler.step = hear_solver
         try:
-            math.ceil(weight := float(weight or 1))     # raises for nan and inf
-            sys.path.insert(0, os.path.dirname(os.path.abspath(locate(path))))  # for its imports
-            call = run(locate(path))[function].__call__     # raises for what is no function
-        except (Exception, SystemExit) as e:
-            refuse(f"{flag} {part}: " + (e.args[0] if isinstance(e, Failure) else
-                   f"must be one of {', '.join(REWARDS)}, or FILE.py:FUNCTION such as "
-                   f"examples/ocr.py:reward, and a finite =WEIGHT ({e!r:.200}); correct it"))
-        short = name if name in REWARDS else f"{pathlib.Path(path).stem}:{function}"
-        rewards.append((short, weight, call))
-    return rewards
+            images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call).images
+        finally:
+            del self.pipe.scheduler.step
+            hook.remove()
+            self.lora.active = None
+        x_0 = self.steps[-1][2].float()
+        if not (x_0.isfinite().all() and images.isfinite().all()):
+            raise UserError("a sample is not finite; try --precision bf16, or a smaller --lr")
+        arguments = {k: v for k, v in self.calls[0][1].items() if k not in self.shared}
+        # With guidance the batch is [unconditional, conditional]: we train the latter.
+        condition = map_tensors(lambda x: x[-len(prompts) :], arguments)
+        return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
-@torch.no_grad()
-def score(rewards, images, prompts, metadata, first=0):
-    """r_raw (B,), a weighted sum, and its parts {name: (B,)}, fp32 on the CPU; images[0] is number
-    `first` of the iteration's. Raises Failure where a reward does not give a number an image."""
-    parts, total = {}, torch.zeros(len(images))
-    for name, weight, call in rewards:
-        try:
-            result = call(images.clone(), list(prompts), [dict(m) for m in metadata])
-            result = result[0] if isinstance(result, tuple) else result
-            parts[name] = torch.as_tensor(result, dtype=torch.float32).detach().cpu()
-            if parts[name].shape != total.shape:
-                raise ValueError(f"{[*parts[name].shape]} for {len(images)} images")
-            for i in (~(weight * parts[name]).isfinite()).nonzero().flatten():
-                raise ValueError(f"{parts[name][i]} for image {first + i}, prompt {prompts[i]!r}")
-        except (Exception, SystemExit) as e:            # what nft.refuse said is said
-            refuse(f"reward {name}: " + (e.args[0] if isinstance(e, Failure) else "must return one "
-                   f"finite number an image, and gave {e!r:.300}; correct it"))
-        total += weight * parts[name]
-    return total, parts
+    def probe(self):
+        """Paint an image, and learn `times`, those of the solver, as the denoiser takes them;
+        `time_scale`, this over the solver's; `shared`, the arguments without a row an image."""
+        self.shared = {}
+        names = ("model", "solver", "steps", "guidance", "resolution")
+        settings = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
+        with blame(f"{settings}: must fit each other, and text to image", "change one of them"):
+            self.sample([""], [("probe",)], policy=None)
+        times = torch.cat([t for t, _, _ in self.calls])
+        _, arguments, out = self.calls[0]
+        self.times = times.unique()
+        self.time_scale = times[0].item() / (self.steps[0][0] or 1)
+        for name, value in arguments.items():
+            tensors = filter(torch.is_tensor, tree_leaves(value))
+            if any(x.shape[:1] != out.shape[:1] for x in tensors):
+                self.shared[name] = map_tensors(torch.clone, value)
+        if (self.calls[-1][2][-1].float() * self.steps[-1][1][-1].float()).sum() <= 0:
+            self.refuse("its solver must be given the denoiser's output with its own sign")
+        ours, theirs = self.alphas_cumprod, getattr(self.pipe.scheduler, "alphas_cumprod", None)
+        if ours is None:
+            _, ours = self.noise_level(times[:: len(times) // len(self.steps)])
+            theirs = self.pipe.scheduler.sigmas[: len(ours)]
+        if not (ours.cpu() - theirs.cpu()).abs().max() < 0.02:
+            self.refuse("its solver must visit the noise levels that its times stand for")
 
-# ---- Prompts, pictures, the run directory, processes --------------------------------------------
-def load_prompts(path, flag="--prompts"):
-    """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
-    try:
-        lines = pathlib.Path(locate(path)).read_text("utf-8-sig").split("\n")
-        rows = [json.loads(s) if path.endswith(".jsonl") else {"prompt": s.strip()}
-                for s in lines if s.strip()]
-        pairs = [(row.pop("prompt").strip(), row) for row in rows]
-        "".join(prompt or pairs[-1] for prompt, _ in pairs or rows[0]).encode()     # none empty
-        return pairs
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
-        refuse(f"{flag} {path}: must be a UTF-8 .txt, a prompt a line, or .jsonl, objects with "
-               f"`prompt`, and hold at least one ({e!r:.200}); correct it")
+    def predict(self, x_t, t, condition, policy):
+        """The denoiser's output, fp32, like x_t (B, ...); t (B,) as it takes it; as in `sample`."""
+        # It stays active: with --checkpointing the backward pass calls the layers once more.
+        self.lora.active = policy
+        inputs = {self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
+        return self.net(**inputs, **condition, **self.shared)[0][:, : x_t.shape[1]].float()
 
-def draw_prompts(prompts, iteration, config):
-    """The next `groups` prompts of a deck that is shuffled anew each time it is used up."""
-    n, end = len(prompts), iteration * config.groups
-    return [random.Random(f"{config.seed} {k // n}").sample(prompts, n)[k % n]
-            for k in range(end - config.groups, end)]
+    def noise_level(self, t, ndim=1):
+        """alpha_t, sigma_t at times (B,) as the denoiser takes them, shaped (B, 1, ...) of ndim."""
+        t = t.to(self.device).float().view(-1, *[1] * (ndim - 1)) / self.time_scale
+        if self.alphas_cumprod is None:
+            return alpha_sigma(t / self.T)
+        return alpha_sigma(t, self.alphas_cumprod)
 
-def laplacian(images):
-    """Mean absolute Laplacian of each image (B, 3, H, W): rises with speckle, falls with blur."""
-    kernel = images.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
-    return F.conv2d(images, kernel, groups=3).abs().mean((1, 2, 3))
+
+# ---- Rewards: f(images (B, 3, H, W) in [0, 1], prompts, metadata) -> B numbers -----------------
+Reward = namedtuple("Reward", "name weight function")
+
 
 def to_pil(image):
     """(3, H, W) in [0, 1] -> an 8-bit PIL image."""
     from PIL import Image
+
     pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.cpu().numpy())
 
-def picture_grid(images, prompts, path, columns):
-    """Save images (N, 3, H, W), enlarged where they are small, with their prompts under them."""
+
+def jpeg(images, prompts, metadata):
+    """Minus the kilobytes of each image as JPEG of quality 95: DDPO's compressibility."""
+    rewards = []
+    for image in images:
+        buffer = io.BytesIO()
+        to_pil(image).save(buffer, "JPEG", quality=95)
+        rewards.append(-len(buffer.getvalue()) / 1000)
+    return rewards
+
+
+def aesthetic():
+    """Make LAION aesthetics V2, about 1 to 10: five linear layers on an image by CLIP ViT-L/14."""
+    from transformers import AutoImageProcessor, CLIPModel
+    from transformers.utils import cached_file
+
+    name = "openai/clip-vit-large-patch14"
+    clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    file = cached_file("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    head = torch.load(file, map_location="cpu", weights_only=True)
+
+    def reward(images, prompts, metadata):
+        inputs = processor([to_pil(image) for image in images], return_tensors="pt")
+        clip.to(images.device)
+        x = clip.get_image_features(**inputs.to(images.device)).pooler_output
+        x = F.normalize(x, dim=-1).cpu()
+        # No activation between the layers: the head was trained so.
+        for i in (0, 2, 4, 6, 7):
+            x = F.linear(x, head[f"layers.{i}.weight"], head[f"layers.{i}.bias"])
+        return x[:, 0]
+
+    return reward
+
+
+def load_reward(source):
+    """A reward function by NAME, FILE.py:FUNCTION or package.module:FUNCTION."""
+    if source == "jpeg":
+        return jpeg
+    if source == "aesthetic":
+        return aesthetic()
+    if ":" not in source:
+        source = f"examples/rewards/{source}.py:reward"
+    path, _, function = source.rpartition(":")
+    # For the file's own imports, or where the package lies; `train` gives the path back.
+    file = Path(locate(path)).resolve()
+    sys.path.insert(0, str(file.parent))
+    if not path.endswith(".py"):
+        return getattr(importlib.import_module(path), function)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+def load_rewards(spec, flag):
+    """ "NAME=W,FILE.py:FUNCTION", a function or a dict of these -> [Reward]. Raises UserError."""
+    if callable(spec):
+        spec = {getattr(spec, "__name__", "reward"): spec}
+    if isinstance(spec, dict):
+        return [Reward(name, 1.0, function) for name, function in spec.items()]
+    rewards = []
+    for part in filter(None, spec.split(",")):
+        source, _, weight = part.strip().partition("=")
+        path, _, name = source.rpartition(":")
+        label = f"{Path(path).stem}:{name}" if path else source
+        rule = f"{flag} {part}: must be aesthetic, jpeg, FILE.py:FUNCTION or package:FUNCTION"
+        with blame(f"{rule}, and a number after ="):
+            reward = Reward(label, float(weight or 1), load_reward(source))
+        if not math.isfinite(reward.weight) or not callable(reward.function):
+            raise UserError(f"{rule}, and a finite number after =; correct it")
+        rewards.append(reward)
+    return rewards
+
+
+@torch.no_grad()
+def score(rewards, images, prompts, metadata):
+    """r_raw (B,), the weighted sum of the rewards, and its parts {name: (B,)}, fp32 on the CPU."""
+    total, parts = torch.zeros(len(images)), {}
+    for name, weight, function in rewards:
+        rule = f"reward {name}: must return one finite number an image"
+        with blame(rule):
+            result = function(images.clone(), list(prompts), [dict(m) for m in metadata])
+            result = result[0] if isinstance(result, tuple) else result
+            part = torch.as_tensor(result, dtype=torch.float32).cpu()
+        if part.shape != total.shape or not (weight * part).isfinite().all():
+            raise UserError(f"{rule}, not {part.tolist()} for {list(prompts)}; correct it")
+        parts[name] = part
+        total += weight * part
+    return total, parts
+
+
+# ---- Prompts and pictures ----------------------------------------------------------------------
+ANIMALS = ["cat", "dog", "horse", "owl", "fox", "rabbit", "bear", "duck", "tiger", "camel"]
+PLACES = ["in a forest", "on a beach", "in the snow", "in a meadow", "at sunset", "by a lake"]
+
+
+def load_prompts(path, flag):
+    """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
+    rule = f"{flag} {path}: must be UTF-8 text, or JSON with a text `prompt`, a line each"
+    file = Path(locate(path))
+    with blame(rule):
+        text = file.read_text("utf-8-sig")
+        rows = [{"prompt": line} for line in text.split("\n") if line.strip()]
+        if path.endswith(".jsonl"):
+            rows = [json.loads(row["prompt"]) for row in rows]
+        prompts = [(row.pop("prompt").strip(), row) for row in rows]
+        "".join(prompt for prompt, _ in prompts).encode()
+    if not prompts or not all(prompt for prompt, _ in prompts):
+        raise UserError(f"{rule}, and none empty; correct it")
+    return prompts
+
+
+def load_prompt_sets(config):
+    """The prompts to train on and those to evaluate on: two lists of (prompt, metadata)."""
+    prompts = [(f"a photo of a {x} {y}", {}) for x in ANIMALS for y in PLACES]
+    if config.prompts:
+        prompts = load_prompts(config.prompts, "--prompts")
+    if config.eval_prompts:
+        return prompts, load_prompts(config.eval_prompts, "--eval-prompts")
+    distinct = dict(prompts)
+    chosen = random.Random(config.seed).sample(sorted(distinct), min(64, len(distinct) // 10))
+    held_out = [(prompt, distinct[prompt]) for prompt in chosen]
+    return [pair for pair in prompts if pair[0] not in chosen], held_out or prompts
+
+
+def draw_prompts(prompts, iteration, config):
+    """The next `groups` prompts of a deck that is shuffled anew each time it is used up."""
+    drawn = []
+    for k in range((iteration - 1) * config.groups, iteration * config.groups):
+        deck, card = divmod(k, len(prompts))
+        drawn.append(random.Random(f"{config.seed} {deck}").sample(prompts, len(prompts))[card])
+    return drawn
+
+
+def laplacian(images):
+    """Mean absolute Laplacian of each image (B, 3, H, W): rises with speckle, falls with blur."""
+    kernel = images.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
+    return F.conv2d(images, kernel, groups=3).abs().mean((1, 2, 3)).cpu()
+
+
+def picture_grid(images, prompts, path):
+    """Save images (N, 3, H, W), enlarged where they are small, eight a row, over their prompts."""
     from PIL import Image, ImageDraw
-    h = 96 if images.shape[2] < 96 else 256
-    w, rows = h * images.shape[3] // images.shape[2], math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", ((w + 12) * columns, (h + 38) * rows), "lightgray")
-    for n, (image, (caption, _)) in enumerate(zip(images, prompts)):
-        x, y = n % columns * (w + 12) + 6, n // columns * (h + 38) + 4
-        sheet.paste(to_pil(image).resize((w, h), Image.Resampling.NEAREST), (x, y))
-        ImageDraw.Draw(sheet).text((x, y + h + 2), textwrap.fill(caption[:w // 2], w // 6), fill=0)
-    sheet.save(buffer := io.BytesIO(), "PNG")
-    replace_file(path, buffer.getvalue())
 
-def replace_file(path, data, before=None):
-    """Write bytes, sync, rename: whoever reads `path` finds it whole. The old one is `before`."""
-    if RANK == 0:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if before and os.path.exists(path):
-            os.replace(path, before)
-        os.replace(f"{path}.tmp", path)
+    height = 96 if images.shape[2] < 96 else 256
+    width = height * images.shape[3] // images.shape[2]
+    size = ((width + 12) * 8, (height + 38) * math.ceil(len(images) / 8))
+    sheet = Image.new("RGB", size, "lightgray")
+    for n, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        x = n % 8 * (width + 12) + 6
+        y = n // 8 * (height + 38) + 4
+        sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        caption = textwrap.fill(prompt[: width // 2], width // 6)
+        ImageDraw.Draw(sheet).text((x, y + height + 2), caption, fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
 
-class Run:
-    """The run directory and its files. restore(dict of a checkpoint) raises if it does not fit."""
-    def __init__(self, config, restore):
-        self.dir, self.rows, self.damaged = pathlib.Path(config.out), [], ""
-        file, text = self.dir / "config.json", json.dumps(vars(config), indent=1) + "\n"
-        try:
-            if state := self.read() if config.resume else None:
-                restore(state)
-                self.rows = state["rows"]
-            elif file.exists() and not config.resume and RANK == 0:
-                raise FileExistsError("a run is there")
-            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            replace_file(file, text.encode())
-        except Exception as e:
-            refuse(e.args[0] if isinstance(e, Failure) else f"--out {self.dir}: must be writable, "
-                   f"hold a run if there is --resume, else none ({e!r:.200}); take another one")
 
-    def read(self):
-        """The newest whole checkpoint, by its checksums; None before the first. Raises Failure."""
-        for file in (self.dir / "checkpoint.pt", self.dir / "checkpoint-before.pt"):
-            try:
-                state = dict(zipfile.ZipFile(file).testzip() or torch.load(file, weights_only=True))
-                sys.stderr.write(self.damaged)
-                return state
-            except FileNotFoundError:
-                pass
-            except Exception:
-                self.damaged = f"nft.py: {file} is damaged, the one before it is taken\n"
-        return self.damaged and refuse(f"--out {self.dir}: no checkpoint is whole; begin anew")
+# ---- Processes, and the run directory ----------------------------------------------------------
+HIDDEN = True if RANK > 0 else None  # progress bars; None: where there is no terminal
 
-    def log(self, row):
-        """Add an object to metrics.jsonl, which is written whole: no torn or repeated line."""
-        self.rows.append(row)
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        replace_file(self.dir / "metrics.jsonl", text.encode())
-
-    def save(self, state, names, component):
-        """Write the EMA weights for pipe.load_lora_weights(DIR), and the checkpoint."""
-        from safetensors.torch import save
-        ema, tensors = state["lora"]["ema"], {}
-        for name, A, B in zip(names, ema[::2], ema[1::2]):
-            tensors[f"{component}.{name}.lora_A.weight"] = A.contiguous()
-            tensors[f"{component}.{name}.lora_B.weight"] = (2 * B).contiguous()     # alpha / rank
-        replace_file(self.dir / "pytorch_lora_weights.safetensors", save(tensors, {"format": "pt"}))
-        torch.save(state, buffer := io.BytesIO())
-        before = None if self.damaged else self.dir / "checkpoint-before.pt"    # that one is whole
-        replace_file(self.dir / "checkpoint.pt", buffer.getvalue(), before)
-        self.damaged = ""
-
-# Under torchrun each process samples, scores and trains its share of the images.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-def join():
-    """Meet the other processes of torchrun, if there are any; only the first one prints."""
-    if WORLD > 1 and not dist.is_initialized():
-        if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
-            torch.cuda.set_device(local)
-        dist.init_process_group()                       # NCCL for CUDA tensors, gloo for others
-        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
 
 def gather(x):
     """[x of process 0, x of process 1, ...], for anything on the CPU."""
@@ -524,276 +668,422 @@ def gather(x):
         dist.all_gather_object(everyone, x)
     return everyone
 
+
 def share(n):
     """This process's part of range(n)."""
     return range(n * RANK // WORLD, n * (RANK + 1) // WORLD)
 
-# ---- Training: Algorithm 1 -----------------------------------------------------------------------
-def collect(model, rewards, prompts, key, policy):
-    """Sample and score an image a (prompt, metadata), image i from the noise of (*key, i). Returns
-    {x_0, condition} of this process's share with the first 16 images, and the Laplacian and the
-    standard deviation of the pixels of all; r_raw (B,); its parts."""
-    from tqdm import tqdm
-    kept, shown, mine, size = [], [], share(len(prompts)), model.config.batch_size
-    for i in tqdm(mine[::size], policy or "base", leave=False, disable=RANK > 0 or None):
-        texts, metadata = zip(*prompts[i:min(i + size, mine.stop)])
-        rollout = model.sample(texts, [(*key, i + k) for k in range(len(texts))], policy)
-        images = rollout.pop("images")
-        first = images[:max(0, 16 - i)].to("cpu", copy=True)            # for picture grids
-        shown.append(({"images": first, "laplacian": laplacian(images).cpu(),
-                       "pixel_std": images.flatten(1).std(1).cpu()},
-                      *score(rewards, images, texts, metadata, i)))
-        kept.append(rollout)
-    of_all, raw, parts = map_tensors(lambda *x: torch.cat(x), *sum(gather(shown), []))
-    return (map_tensors(lambda *x: torch.cat(x), *kept) if kept else {}) | of_all, raw, parts
 
-def evaluate(model, run, rewards, prompts, iteration):
-    """Held-out metrics: one image a prompt, the same noise every time. Saves a grid of sixteen.
-    Departs from section 4: by theta's EMA and the run's own solver, not 40 first-order steps."""
-    from tqdm import tqdm
-    rollout, raw, parts = collect(model, rewards, prompts, ("evaluation",), "ema")
-    row = {"eval_reward": raw.mean().item(), "eval_reward_std": raw.std(correction=0).item(),
-           **{f"eval_{name}": rollout[name].mean().item() for name in ("laplacian", "pixel_std")},
-           **{f"eval_reward/{name}": x.mean().item() for name, x in parts.items()}}
+def say(text):
+    """Print a line above the progress bars, from the first process alone."""
+    if RANK == 0:
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))
+
+
+def write_file(path, data):
+    """Write bytes under another name, then rename: whoever reads `path` finds it whole."""
+    if RANK == 0:
+        Path(f"{path}.tmp").write_bytes(data)
+        os.replace(f"{path}.tmp", path)
+
+
+# What is learnt, with rows of metrics.jsonl, the first the base model's, and where that is kept.
+Run = namedtuple("Run", "config model optimizer scaler prompts rows dir")
+
+
+def open_run(config, model, prompts):
+    """Claim --out, for a new run or for the one to resume. Raises UserError."""
+    theta = model.lora.adapters["theta"]
+    optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.999), weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    run = Run(config, model, optimizer, scaler, prompts, [], Path(config.out))
+    if config.resume and os.path.exists(run.dir / "checkpoint.pt"):
+        restore(run, run.dir / "checkpoint.pt")
+    elif not config.resume and RANK == 0 and os.path.exists(run.dir / "config.json"):
+        raise UserError(f"--out {run.dir}: holds a run; add --resume, or take another one")
+    with blame(f"--out {run.dir}: must be a directory to write to", "take another one"):
+        (run.dir / "samples").mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(vars(config), indent=1, default=str)
+        write_file(run.dir / "config.json", settings.encode())
+    return run
+
+
+def restore(run, file):
+    """Go on from a checkpoint, none of which is executed. UserError where it does not fit."""
+    with blame(f"--out {run.dir}: its {file.name} must be whole and of this run", "begin anew"):
+        if zipfile.ZipFile(file).testzip():
+            raise ValueError("its checksums differ")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        own = run.model.lora.adapters
+        map_tensors(lambda x, y: x.data.copy_(y.view(x.shape)), own, state["lora"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
+        run.rows.extend(state["rows"])
+    if state["prompts"] != run.prompts:
+        files = f"--prompts {run.config.prompts} or --eval-prompts {run.config.eval_prompts}"
+        raise UserError(f"{files}: must be as when the run began; bring them back")
+    done = len(run.rows) - 1
+    if done > run.config.iterations:
+        raise UserError(f"--iterations {run.config.iterations}: {done} are done; give more")
+
+
+def save(run):
+    """Write metrics.jsonl, the EMA of theta for pipe.load_lora_weights(DIR), and the checkpoint."""
+    import safetensors.torch
+
+    text = "".join(json.dumps(row) + "\n" for row in run.rows)
+    write_file(run.dir / "metrics.jsonl", text.encode())
+    lora = run.model.lora
+    weights = {}
+    for i, name in enumerate(lora.layers):
+        A, B = lora.adapters["ema"][2 * i : 2 * i + 2]
+        weights[f"{run.model.component}.{name}.lora_A.weight"] = A
+        # alpha / rank goes into B.
+        weights[f"{run.model.component}.{name}.lora_B.weight"] = 2 * B
+    data = safetensors.torch.save(weights, {"format": "pt"})
+    write_file(run.dir / "pytorch_lora_weights.safetensors", data)
+    # All that --resume needs: random draws have keys, and no state.
+    state = {"rows": run.rows, "prompts": run.prompts, "lora": lora.adapters}
+    state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(map_tensors(torch.Tensor.detach, state), buffer)
+    write_file(run.dir / "checkpoint.pt", buffer.getvalue())
+
+
+# ---- Algorithm 1 -------------------------------------------------------------------------------
+SHOWN = 16  # images in a grid
+
+
+def collect(model, rewards, numbered, key, policy):
+    """Lines 2 and 3: an image, scored, for each (i, prompt, metadata), from the noise of (*key, i).
+
+    Returns what Model.sample does, of the images the first ones; prompts; and on the CPU raw (B,),
+    parts {name: (B,)}, laplacian (B,).
+    """
+    size = model.config.batch_size
+    batches = []
+    for start in tqdm(range(0, len(numbered), size), "sampling", leave=False, disable=HIDDEN):
+        numbers, prompts, metadata = zip(*numbered[start : start + size], strict=True)
+        batch = model.sample(prompts, [(*key, i) for i in numbers], policy)
+        batch["laplacian"] = laplacian(batch["images"])
+        batch["raw"], batch["parts"] = score(rewards, batch["images"], prompts, metadata)
+        batch["images"] = batch["images"].cpu()[: max(0, SHOWN - start)]
+        batches.append(batch)
+    D = map_tensors(lambda *x: torch.cat(x), *batches)
+    return D | {"prompts": [prompt for _, prompt, _ in numbered]}
+
+
+def means(D, prefix=""):
+    """Fields of a row, and r_raw (N,), from the scores of all processes."""
+    scores = map_tensors(lambda *x: torch.cat(x), *gather([D["raw"], D["laplacian"], D["parts"]]))
+    raw, rough, parts = scores
+    row = {f"{prefix}reward/{name}": part.mean().item() for name, part in parts.items()}
+    row[f"{prefix}reward"] = raw.mean().item()
+    row[f"{prefix}reward_std"] = raw.std(correction=0).item()
+    row[f"{prefix}laplacian"] = rough.mean().item()
+    return row, raw
+
+
+def evaluate(run, rewards, prompts, iteration):
+    """Fields of a row: held-out rewards by the EMA of theta, from the same noise every time."""
+    # Departs from section 4: by the run's own solver and steps, not by 40 first-order ones.
+    numbered = [(i, *prompts[i]) for i in share(len(prompts))]
+    D = collect(run.model, rewards, numbered, ("evaluation",), "ema")
+    picture_grid(D["images"], D["prompts"][:SHOWN], run.dir / f"samples/{iteration:06d}.png")
+    row, _ = means(D, "eval_")
     base = run.rows[0] if run.rows else row
-    row["roughness"] = ratio = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
-    flat = [name for name in ("eval_pixel_std", "eval_reward_std") if row[name] < base[name] / 10]
-    advice = "" if 0.67 < ratio < 1.5 else ": grainy or blurred; try larger --kl or smaller --lr"
-    advice += f"; {flat} under a tenth of the base's: collapsed, if not solved" if flat else ""
-    picture_grid(rollout["images"], prompts, run.dir / f"samples/{iteration:06d}.png", 8)
-    tqdm.write(f"iteration {iteration:4d}   held-out reward {raw.mean():.3f}   "
-               f"roughness {ratio:.2f}{advice}")
+    row["roughness"] = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
+    reward = f"held-out reward {row['eval_reward']:.3f}"
+    say(f"iteration {iteration:4d}   {reward}   roughness {row['roughness']:.2f}")
     return row
 
-def pair_losses(model, rollout, index, t, eps, r):
-    """Lines 9 to 11 and the loss of line 12, for b pairs of an image and a time: three, each (b,).
-    index: (b,) images of rollout. t: (b,) as the denoiser takes it. eps: (b, ...). r: (b,).
-    Returns Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient."""
-    config, x_0 = model.config, rollout["x_0"][index]
-    condition = map_tensors(lambda x: x[index], rollout["condition"])
-    alpha_t, sigma_t = model.alpha_sigma(t, x_0.ndim)
-    x_t = alpha_t * x_0 + sigma_t * eps                     # forward process, line 9
+
+def pair_losses(model, D, index, t, eps, loss=nft_loss):
+    """Lines 9 to 12 for b rows `index` of D at times t (b,), as the denoiser takes them, with eps:
+    Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient, each (b,)."""
+    config, x_0 = model.config, D["x_0"][index]
+    condition = map_tensors(lambda x: x[index], D["condition"])
+    # Line 9: the forward process.
+    alpha_t, sigma_t = model.noise_level(t, x_0.ndim)
+    x_t = alpha_t * x_0 + sigma_t * eps
     with torch.no_grad():
         out_old = model.predict(x_t, t, condition, "old")
-        out_ref = model.predict(x_t, t, condition, None) if config.kl else None
-    out_theta = model.predict(x_t, t, condition, "theta")   # last: --checkpointing recomputes it
+        if config.kl:
+            out_ref = model.predict(x_t, t, condition, None)
+    out_theta = model.predict(x_t, t, condition, "theta")
+    # Lines 10 to 12, in the space of clean samples.
     x0_old, _ = predict_x0(x_t, out_old, alpha_t, sigma_t, model.prediction)
     x0_theta, slope = predict_x0(x_t, out_theta, alpha_t, sigma_t, model.prediction)
     # Departs from section 3.3 for eps- and v-prediction: an error of the output moves x_0 by slope,
     # for eps sigma / alpha = 14.6 at SD1.5's t = 999, and high noise would drive all learning. With
-    # this factor the gradient by the output weighs sigma / (alpha + sigma), as t does for flow.
-    weight = (sigma_t / (alpha_t + sigma_t) / slope).flatten()                      # flow: 1
-    loss = weight * nft_loss(x0_theta, x0_old, x_0, r, config.beta)                 # Eq. (5)
-    kl, deviation = ((out_theta - out).square().flatten(1).mean(1)
-                     for out in (out_ref if config.kl else out_theta, out_old))
-    return loss, kl, deviation.detach()
+    # this weight, 1 for flow, the gradient by the output is as there: sigma / (alpha + sigma).
+    weight = (sigma_t / (alpha_t + sigma_t) / slope).flatten()
+    losses = weight * loss(x0_theta, x0_old, x_0, D["r"][index], config.beta)
+    kl = torch.zeros_like(losses)
+    if config.kl:
+        kl = (out_theta - out_ref).square().flatten(1).mean(1)
+    deviation = (out_theta.detach() - out_old).square().flatten(1).mean(1)
+    return losses, kl, deviation
 
-def train(config):
-    """Algorithm 1: Collect, Reward, Optimize, Update. Returns the closing line for the user."""
-    from tqdm import tqdm
-    # Set up: whatever can be refused is refused before the run directory is written
-    prompts = load_prompts(config.prompts)
-    held_out = load_prompts(config.eval_prompts, "--eval-prompts") if config.eval_prompts else \
-        [prompts.pop() for _ in range(min(64, len(prompts) // 10))] or prompts
-    files = functools.cache(runpy.run_path)                 # a file is run once for both flags
-    rewards, watched = (load_rewards(getattr(config, name), f"--{name}", files)
-                        for name in ("reward", "watch"))
-    watched = rewards + [(name, 0.0, call) for name, _, call in watched]
-    model = Model(config) if rewards else refuse("--reward: must name one; try jpeg")
-    device, lora, theta = model.device, model.lora, model.lora.sets["theta"]
-    collect(model, watched, prompts[:1] * WORLD, ("probe",), None)     # rewards load, and are tried
-    words = model.pipe.tokenizer
-    for cut in [p for p, _ in prompts if len(words(p).input_ids) > words.model_max_length][:1]:
-        tqdm.write(f"prompts over {words.model_max_length} tokens are cut, such as {cut!r:.200}")
-    torch.set_float32_matmul_precision("high")                                      # TF32 on CUDA
-    optimizer = torch.optim.AdamW(theta, lr=config.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(device.type, enabled=model.dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))        # ready, should this process have no pair
-    data = generator(prompts, held_out).initial_seed()
-    def snapshot():                     # all that --resume needs: random draws have keys instead
-        return map_tensors(lambda x: x.detach().to("cpu", copy=True), {
-            "rows": list(run.rows), "lora": lora.sets, "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "data": data})
-    def restore(state):
-        if state["data"] != data:
-            refuse(f"--prompts {config.prompts} or --eval-prompts {config.eval_prompts}: changed "
-                   "since the run began; bring them back")
-        if (done := len(state["rows"]) - 1) > config.iterations:
-            refuse(f"--iterations {config.iterations}: {done} are done; give more")
-        forms = [map_tensors(lambda x: (x.shape, x.dtype), x) for x in (lora.sets, state["lora"])]
-        assert forms[0] == forms[1], "its adapters have another form"
-        assert [row["iteration"] for row in state["rows"]] == [*range(done + 1)], "rows are missing"
-        map_tensors(lambda x, y: x.data.copy_(y), lora.sets, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-    run = Run(config, restore)
-    last, started, warned = snapshot(), time.time(), False
+
+def draw_pairs(config, times, iteration):
+    """The pairs of an image and a time of each optimizer step, [(index (b,), t (b,))]."""
+    N = config.groups * config.group_size
+    noise = generator(config.seed, iteration, "training")
+    # Departs from section 4: not at all of the sampler's times, but some, without repeats.
+    chosen = times[torch.rand(N, len(times), generator=noise).argsort(1)[:, : config.train_times]]
+    steps = torch.randperm(N, generator=noise).tensor_split(config.updates)
+    return [(i.repeat_interleave(chosen.shape[1]), chosen[i].flatten()) for i in steps]
+
+
+def optimize(run, D, iteration, losses=pair_losses):
+    """Lines 8 to 13: `updates` steps of AdamW, which share the images of D. Returns means."""
+    config = run.config
+    model = run.model
+    mine = share(config.groups * config.group_size)
+    steps = draw_pairs(config, model.times, iteration)
+    sums = torch.zeros(3, dtype=torch.float64)
+    norms = []
+    for step, (index, t) in enumerate(steps, (iteration - 1) * config.updates + 1):
+        for x in model.lora.adapters["theta"]:
+            x.grad = torch.zeros_like(x)
+        pairs = ((index >= mine.start) & (index < mine.stop)).nonzero().flatten()
+        for start in range(0, len(pairs), config.batch_size):
+            batch = pairs[start : start + config.batch_size]
+            noise = [generator("eps", config.seed, step, pair) for pair in batch.tolist()]
+            eps = torch.stack([torch.randn(D["x_0"].shape[1:], generator=key) for key in noise])
+            rows = (index[batch] - mine.start).to(model.device)
+            terms = losses(model, D, rows, t[batch], eps.to(model.device))
+            # Departs from line 12: the KL term, as in the released code.
+            total = (terms[0] + config.kl * terms[1]).sum() / len(index)
+            run.scaler.scale(total).backward()
+            sums += torch.stack(terms).detach().cpu().double().sum(1)
+        if not sums.isfinite().all():
+            raise UserError("the loss is not finite; try a smaller --lr, or --precision bf16")
+        norms.append(gradient_step(run, step))
+    means = sum(gather(sums / sum(len(index) for index, _ in steps))).tolist()
+    row = dict(zip(("loss", "kl", "old_deviation"), means, strict=True))
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    skipped = run.rows[-1]["skipped_steps"] + len(norms) - len(finite)
+    return row | {"grad_norm": sum(finite) / len(norms), "skipped_steps": skipped}
+
+
+def gradient_step(run, step):
+    """AdamW on theta (line 12), and its EMA; `step` counts from 1. Returns the gradient's norm."""
+    theta = run.model.lora.adapters["theta"]
+    if WORLD > 1:
+        for x in theta:
+            dist.all_reduce(x.grad)
+    run.scaler.unscale_(run.optimizer)
+    # Departs from Algorithm 1, as the released code: gradients are clipped, ...
+    norm = torch.nn.utils.clip_grad_norm_(theta, 1.0).item()
+    if not math.isfinite(norm) and not run.scaler.is_enabled():
+        raise UserError("the gradient is not finite; try a smaller --lr")
+    # ... and the learning rate rises at the start.
+    run.optimizer.param_groups[0]["lr"] = run.config.lr * min(1, step / max(1, run.config.warmup))
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    # The EMA is what is evaluated and saved.
+    run.model.lora.average("ema", run.config.ema)
+    return norm
+
+
+def conclude(run, held_out):
+    """Draw before_after.png, from the same noise by base and trained model; say where all is."""
+    numbered = [(i, *held_out[i]) for i in range(min(SHOWN, len(held_out)))]
+    images, captions = [], []
+    for policy, when in ((None, "before"), ("ema", "after")):
+        D = collect(run.model, [], numbered, ("evaluation",), policy)
+        images.append(D["images"])
+        captions += [f"{when}: {prompt}" for prompt in D["prompts"]]
+    picture_grid(torch.cat(images), captions, run.dir / "before_after.png")
+    rewards = [row["eval_reward"] for row in run.rows if "eval_reward" in row]
+    use = f'{run.dir}/before_after.png; result: pipe.load_lora_weights("{run.dir}")'
+    say(f"held-out reward {rewards[0]:.3f} -> {rewards[-1]:.3f}; pictures: {use}")
+
+
+@contextlib.contextmanager
+def sys_path_restored():
+    """Take off sys.path what `load_reward` puts on it."""
+    path = sys.path.copy()
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+
+
+@sys_path_restored()
+def train(
+    config,
+    make_model=Model,
+    collect=collect,
+    weigh=optimality_reward,
+    losses=pair_losses,
+    evaluate=evaluate,
+):
+    """Algorithm 1, of parts that a study may replace. Returns the rows of metrics.jsonl, a dict an
+    iteration from 0, the base's. Raises UserError, of status 2 before anything is written."""
+    prompts, held_out = load_prompt_sets(config)
+    rewards = load_rewards(config.reward, "--reward")
+    if not rewards:
+        raise UserError("--reward: must name one; try jpeg")
+    watched = load_rewards(config.watch, "--watch")
+    watched = rewards + [reward._replace(weight=0.0) for reward in watched]
+    model = make_model(config)
+    collect(model, watched, [(0, *prompts[0])], ("probe",), "old")
+    run = open_run(config, model, json.dumps([prompts, held_out]))
+    K = config.group_size
+    N = config.groups * K
+    mine = share(N)
+    started = time.time()
+    saved = 0
     try:
         if not run.rows:
-            row = {"iteration": 0, "images": 0, **evaluate(model, run, watched, held_out, 0)}
-            run.log(row | {"skipped_steps": 0, "seconds": time.time() - started})
-            run.save(last := snapshot(), lora.names, model.component)
-        started, done = time.time() - run.rows[-1]["seconds"], run.rows[-1]["iteration"]
-        bar = tqdm(range(done + 1, config.iterations + 1), "train", config.iterations,
-                   initial=done, position=1, disable=RANK > 0 or None)
-        K, N = config.group_size, config.groups * config.group_size
-        mine = share(N)                         # images of an iteration that this process has
-        for iteration in bar:
-            # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3)
-            drawn = [c for c in draw_prompts(prompts, iteration, config) for _ in range(K)]
-            rollout, raw, parts = collect(model, rewards, drawn, (config.seed, iteration), "old")
+            row = {"iteration": 0, "images": 0, "skipped_steps": 0}
+            row |= evaluate(run, watched, held_out, 0)
+            run.rows.append(row | {"seconds": time.time() - started})
+            save(run)
+        saved = run.rows[-1]["iteration"]
+        started -= run.rows[-1]["seconds"]
+        ahead = range(saved + 1, config.iterations + 1)
+        for iteration in tqdm(ahead, "train", position=1, disable=HIDDEN):  # line 1
+            # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3).
+            drawn = draw_prompts(prompts, iteration, config)
+            numbered = [(i, *drawn[i // K]) for i in mine]
+            D = collect(model, rewards, numbered, (config.seed, iteration), "old")
 
-            # Reward: from r_raw of each image its optimality r in [0, 1] (lines 4 to 6)
-            r = optimality_reward(raw, torch.arange(N) // K, config.z).to(device)
-            if (r == 0.5).all() and not warned:
-                warned = not tqdm.write(f"iteration {iteration}: equal rewards for all images of a "
-                                        "prompt teach nothing; try another --reward")
+            # Reward: from r_raw the optimality r of each image (lines 4 to 6).
+            row, raw = means(D)
+            r = weigh(raw, torch.arange(N) // K, config.z)
+            D["r"] = r[mine.start : mine.stop].to(model.device)
 
-            # Optimize: pairs of an image and a time of the solver, Eq. (5), AdamW (lines 8 to 13)
-            noise = generator(config.seed, iteration, "training")
-            shuffled = torch.rand(N, len(model.times), generator=noise).argsort(1)
-            chosen = model.times[shuffled[:, :config.train_times]]  # Departs: not all of them
-            if config.times == "uniform":                           # Departs, too: at any time
-                t = model.T * (1 - torch.rand(N, config.train_times, generator=noise))  # (0, T]
-                chosen = t * model.time_scale if model.alphas_cumprod is None else t.ceil() - 1
-            log = torch.zeros(4, dtype=torch.float64)       # loss, kl, old_deviation, grad_norm
-            first, skipped = (iteration - 1) * config.updates + 1, run.rows[-1]["skipped_steps"]
-            shards = torch.randperm(N, generator=noise).tensor_split(config.updates)
-            for step, shard in enumerate(shards, first):
-                index, t = shard.repeat_interleave(chosen.shape[1]), chosen[shard].flatten()
-                pairs = ((index >= mine.start) & (index < mine.stop)).nonzero().flatten()
-                for x in theta:
-                    x.grad = torch.zeros_like(x)
-                for some in pairs.split(config.batch_size) if len(pairs) else ():
-                    eps = torch.stack([torch.randn(rollout["x_0"].shape[1:], generator=generator(
-                        "eps", config.seed, step, pair)) for pair in some.tolist()])
-                    i = (index[some] - mine.start).to(device)
-                    losses = pair_losses(model, rollout, i, t[some], eps.to(device),
-                                         r[index[some].to(device)])
-                    total = (losses[0] + config.kl * losses[1]).sum() / len(index)  # Departs: KL
-                    if len(bad := index[some][~(losses[0] + losses[1]).isfinite().cpu()]):
-                        refuse(f"the loss of prompt {drawn[bad[0]][0]!r} is not finite; try a "
-                               "smaller --lr, or --precision bf16 or fp32")
-                    scaler.scale(total).backward()
-                    log[:3] += torch.stack(losses).detach().cpu().double().sum(1) / chosen.numel()
-                for x in theta if WORLD > 1 else ():
-                    dist.all_reduce(x.grad)                 # each process holds a part of the sum
-                scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(theta, 1.0)   # Departs: as the released code
-                if not (scaler.is_enabled() or norm.isfinite()):    # fp16 may overflow: no step
-                    refuse("the gradient is not finite; try a smaller --lr")
-                optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup))
-                scale = scaler.get_scale()
-                scaler.step(optimizer)
-                scaler.update()
-                skipped += scaler.get_scale() < scale               # overflow in fp16: no step made
-                log[3] += norm.nan_to_num(0, 0, 0).item() / config.updates / WORLD  # 0: skipped
-                lora.average("ema", config.ema)                 # what is evaluated and saved
+            # Optimize: theta by the loss of Eq. (5) on D (lines 8 to 13).
+            row |= optimize(run, D, iteration, losses)
 
-            # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta (line 14)
-            lora.average("old", eta := soft_update_decay(iteration, config.eta))
+            # Update: theta_old <- eta_i theta_old + (1 - eta_i) theta, D <- {} (line 14).
+            row["eta"] = soft_update_decay(iteration, config.eta)
+            model.lora.average("old", row["eta"])
+            D.clear()
 
-            # Log, evaluate, save
-            rough = rollout["laplacian"].mean().item()
-            base = max(1e-9, run.rows[1]["laplacian"] if iteration > 1 else rough)  # of old = base
-            log = dict(zip(("loss", "kl", "old_deviation", "grad_norm"), sum(gather(log)).tolist()))
-            row = {"iteration": iteration, "images": iteration * N, "eta": eta, **log,
-                   "reward": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
-                   **{f"reward/{name}": x.mean().item() for name, x in parts.items()},
-                   "r_std": r.std(correction=0).item(),
-                   "laplacian": rough, "roughness": rough / base, "skipped_steps": skipped}
-            final = iteration == config.iterations
-            if final or iteration % config.eval_every == 0:
-                row.update(evaluate(model, run, watched, held_out, iteration))
-            run.log(row | {"seconds": time.time() - started})
-            last = snapshot()
-            if final or iteration % config.save_every == 0:
-                run.save(last, lora.names, model.component)
-            bar.set_postfix(reward=f"{row['reward']:.3f}", refresh=False)
-        return conclude(model, run, [*dict(held_out).items()][:16])
-    except (Exception, KeyboardInterrupt) as e:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if WORLD > 1 else signal.SIG_DFL)
-        done = max(0, len(last["rows"]) - 1)
-        saved = f"iteration {done} is saved"
-        try:
-            run.save(last, lora.names, model.component)
-        except OSError:
-            saved = "what was saved before stands"
-        e.saved = f" (iteration {min(done + 1, config.iterations)}); {saved}, go on with: " \
-                  f"python nft.py --out {run.dir} --resume"
-        raise
+            # Log, evaluate, save.
+            row |= {
+                "iteration": iteration,
+                "images": iteration * N,
+                "r_std": r.std(correction=0).item(),
+            }
+            # The images of iteration 1 are the base model's.
+            base = run.rows[1] if iteration > 1 else row
+            row["roughness"] = row["laplacian"] / max(base["laplacian"], 1e-9)
+            last = iteration == config.iterations
+            if last or iteration % config.eval_every == 0:
+                row |= evaluate(run, watched, held_out, iteration)
+            run.rows.append(row | {"seconds": time.time() - started})
+            if last or iteration % config.save_every == 0:
+                save(run)
+                saved = iteration
+        if RANK == 0:
+            conclude(run, held_out)
+    except (Exception, KeyboardInterrupt) as error:
+        saved = f"iteration {saved} is saved, go on with: python nft.py --out {run.dir} --resume"
+        failure = UserError(f"{reason(error)} in iteration {len(run.rows)}; {saved}")
+        failure.status = 130 if isinstance(error, KeyboardInterrupt) else 1
+        raise failure from error
+    return run.rows
 
-def conclude(model, run, prompts):
-    """Draw before_after.png, from the same noise by base and trained model; say where all is."""
-    pair = [F.pad(collect(model, [], prompts, ("evaluation",), policy)[0]["images"], (0, 2),
-                  value=0.83) for policy in (None, "ema")]      # a grey line between the two
-    picture_grid(torch.cat(pair, 3), prompts, run.dir / "before_after.png", 4)
-    first, last = run.rows[0], [row for row in run.rows if "eval_reward" in row][-1]
-    return (f"held-out reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f} in "
-            f"{last['seconds']:.0f} s; pictures: {run.dir}/before_after.png; to use the result "
-            f'(needs peft): pipe.load_lora_weights("{run.dir}") and sample as the run did, by '
-            f"{type(model.pipe.scheduler).__name__} with {model.call}")
 
-def parse(argv):
-    """Command line -> Config. Raises Failure."""
-    parser = argparse.ArgumentParser(epilog=f"Presets change these: {PRESETS}", allow_abbrev=False)
-    parser.error = lambda message: refuse(f"{message}; see python nft.py --help")
-    for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} ({f.default!r})", **kind)
-    given = vars(parser.parse_args(argv))       # over the preset's row, or a resumed run's settings
-    own = {"path", "eval_prompts" if "prompts" in given else ""}    # those held out go with others
-    preset = {k: v for k, v in PRESETS.get(given.get("model", "tiny"), {}).items() if k not in own}
-    if given.get("resume"):
-        try:
-            preset = json.loads((pathlib.Path(given["out"]) / "config.json").read_text())
-            preset = vars(parser.parse_args([
-                f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f"={v}" * (type(v) is not bool)
-                for k, v in preset.items() if k not in ("out", "resume")]))
-        except (OSError, LookupError, ValueError, AttributeError, Failure) as e:
-            refuse(f"--resume: --out {given.get('out', 'DIR')} must be a run ({e!r:.200}); fix it")
-        free = "out resume iterations eval_every save_every device batch_size checkpointing".split()
-        for key in {key for key in given.keys() - free if given[key] != preset.get(key)}:
-            refuse(f"--{key.replace('_', '-')} {given[key]}: must stay {preset.get(key)} in "
-                   "this run; leave it out, or take another --out without --resume")
-    config = Config(**{**preset, **given})
-    for f in dataclasses.fields(Config):
-        low, value, high = f.metadata["low"], getattr(config, f.name), f.metadata["high"]
-        if low is not None and not low <= value < high:
-            refuse(f"--{f.name.replace('_', '-')} {value}: must be a number >= {low} and < {high}; "
-                   f"try {preset.get(f.name, f.default)}")
-    if config.updates > (images := config.groups * config.group_size):
-        refuse(f"--updates {config.updates}: must be at most the iteration's images; try {images}")
-    try:
+# ---- Settings and the command line -------------------------------------------------------------
+MAY_CHANGE = {"out", "resume", "iterations", "eval_every", "save_every"}
+MAY_CHANGE |= {"device", "batch_size", "checkpointing"}
+
+
+def saved_settings(given):
+    """The settings of the run in --out, which must not contradict those that are given."""
+    with blame(f"--resume: --out {given.get('out', 'DIR')} must hold a run"):
+        saved = dict(json.loads((Path(given["out"]) / "config.json").read_text("utf-8")))
+    for name, value in given.items():
+        # A function may be another object of the same code.
+        fixed = name not in MAY_CHANGE and isinstance(value, (str, int, float))
+        if fixed and value != saved.get(name):
+            rule = f"{FLAGS[name]} {value}: must stay {saved.get(name)} in this run"
+            raise UserError(f"{rule}; leave it out, or take another --out without --resume")
+    return saved
+
+
+def check(config):
+    """Refuse what can be refused before a model is loaded. Raises UserError."""
+    for name, field in FIELDS.items():
+        value, rule = getattr(config, name), None
+        low, high, choices = (field.metadata[x] for x in ("low", "high", "choices"))
+        kind = (int, float) if field.type is float else field.type
+        if name not in ("reward", "watch", "eta") and not isinstance(value, kind):
+            rule = f"must be of type {field.type.__name__}"
+        elif low is not None and not low <= value < high:
+            rule = f"must be a number of at least {low} and below {high}"
+        elif choices and value not in choices:
+            rule = f"must be one of {', '.join(choices)}"
+        if rule:
+            raise UserError(f"{FLAGS[name]} {value}: {rule}; try {field.default!r}")
+    images = config.groups * config.group_size
+    if max(config.updates, WORLD) > images:
+        rule = f"must be at most the {images} images of an iteration, as must the processes"
+        raise UserError(f"--updates {config.updates}: {rule}; give fewer")
+    with blame(f"--eta {config.eta}: must stay in [0, 1]", f"try {Config.eta}"):
         soft_update_decay(1, config.eta)
-    except ValueError:
-        refuse(f"--eta {config.eta}: must be in [0, 1], or START,SLOPE,MAX; try {Config.eta}")
-    names = (f"runs/{pathlib.Path(config.model).name}{n}" for n in ("", *range(-2, -10000, -1)))
-    config.out = config.out or gather(next(name for name in names if not os.path.exists(name)))[0]
+
+
+def configure(**given):
+    """Settings by the names of Config -> Config; a preset's, or to resume the run's own, stand
+    where none are given. Raises UserError for what can be refused without a model."""
+    given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
+    defaults = dict(PRESETS.get(given.get("model", Config.model), {}))
+    if given.get("resume"):
+        defaults = saved_settings(given)
+    elif "prompts" in given:
+        # Prompts of your own bring their own held-out ones.
+        defaults.pop("eval_prompts", None)
+    with blame("settings must be those of python nft.py --help"):
+        config = Config(**(defaults | given))
+    check(config)
+    name = os.path.basename(os.path.abspath(config.model))
+    config.out = config.out or gather(time.strftime(f"runs/{name}-%m%d-%H%M%S"))[0]
     return config
 
-def main(argv=None):
-    """Run the command line; returns the exit status: 0, 1 failed, 2 bad input, 128 + a signal's."""
-    sys.modules.setdefault("nft", sys.modules[__name__])    # for rewards that import nft
-    def stop(number, frame):        # a second signal ends at once, and the last checkpoint stands
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+
+def parse(argv=None):
+    """Command line -> Config. Raises UserError."""
+
+    def refuse(message):
+        raise UserError(f"{message}; see python nft.py --help")
+
+    parser = argparse.ArgumentParser(epilog=f"Presets change: {PRESETS}", allow_abbrev=False)
+    parser.error = refuse
+    for name, field in FIELDS.items():
+        kind = {"type": field.type, "choices": field.metadata["choices"]}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = f"{field.metadata['help']} ({field.default!r})"
+        parser.add_argument(FLAGS[name], default=argparse.SUPPRESS, help=text, **kind)
+    return configure(**vars(parser.parse_args(argv)))
+
+
+def main(argv=None, **parts):
+    """Run the command line, with parts for `train`; returns the exit status, 0 if all went well."""
     try:
-        join()
-        print(train(parse(argv)))
+        if WORLD > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+        train(parse(argv), **parts)
         return 0
-    except (Exception, KeyboardInterrupt) as e:
-        saved = getattr(e, "saved", "")                     # nothing saved yet: bad input
-        what, status = {Failure: (str(e), 1 if saved else 2),
-                        KeyboardInterrupt: ("interrupted", *e.args, 130)[:2]}.get(
-            type(e), (f"{type(e).__name__}: {e}"[:300], 1))
-        who = f"process {RANK}: " * (WORLD > 1)
-        print(f"nft.py: {who}{' '.join(what.split())}{saved}", file=sys.stderr)
-        return status
+    except UserError as error:
+        who = f"process {RANK}: " if WORLD > 1 else ""
+        print(f"nft.py: {who}{reason(error)}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+
 
 if __name__ == "__main__":
     sys.exit(main())

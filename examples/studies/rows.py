@@ -1,0 +1,354 @@
+"""What figures.py compares: a row is one setting of one method.
+
+`FIGURES` names the rows of each figure. `TUNED` holds the settings that the rows of the figure
+"sweep" were run to choose. What no setting can say, a row's `change` does: it returns parts of
+nft.train.
+SPDX-License-Identifier: MIT
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+import nft
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One setting of one method; its run with a seed lies in OUT/name-seed."""
+
+    name: str
+    # Its name in tables and plots.
+    label: str
+    # "nft", or a key of baselines.METHODS.
+    method: str
+    # A preset.
+    model: str
+    iterations: int
+    # Of nft.Config, and the method's own.
+    settings: dict
+    # () -> parts of nft.train.
+    change: Callable | None = None
+    # So many iterations train on the same images.
+    reuse: int = 1
+
+
+def describe(settings):
+    """The settings that say what a row is, as text."""
+    words = []
+    for name, value in settings.items():
+        if name not in ("eval_every", "ema"):
+            words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+# ---- What a row changes in nft.py, where no setting does -----------------------------------------
+def positive_only_loss(x0_theta, x0_old, x_0, r, beta, distance=nft.adaptive_loss):
+    """Eq. (5) without its negative branch: as nft.nft_loss."""
+    x0_positive = (1 - beta) * x0_old + beta * x0_theta
+    return r * distance(x0_positive, x_0) / beta
+
+
+def positive_only():
+    """Parts for a loss without the negative branch."""
+    return {"losses": functools.partial(nft.pair_losses, loss=positive_only_loss)}
+
+
+def constant_weight(t):
+    """w(t) = 1."""
+    return torch.ones_like(t)
+
+
+def rising_weight(t):
+    """w(t) = t."""
+    return t
+
+
+def falling_weight(t):
+    """w(t) = 1 - t."""
+    return 1 - t
+
+
+def weighted_losses(model, D, index, t, eps, w):
+    """nft.pair_losses of a flow with Eq. (5)'s w(t) ||v_theta - v||^2, not the adaptive weighting.
+
+    w is scaled so that its mean over the sampler's times is that of t. This is the weight of the
+    adaptive loss itself, so that the KL term counts alike in all rows.
+    """
+    _, sigma = model.noise_level(t, eps.ndim)
+    _, sampled = model.noise_level(model.times)
+    weight = w(sigma) * sampled.mean() / w(sampled).mean()
+
+    def distance(x0_hat, x_0):
+        # For a flow, v_hat - v is (x_0 - x0_hat) / t.
+        error = (x0_hat - x_0) / sigma
+        return (weight * error.square()).flatten(1).mean(1)
+
+    loss = functools.partial(nft.nft_loss, distance=distance)
+    return nft.pair_losses(model, D, index, t, eps, loss=loss)
+
+
+def weighted(w):
+    """Parts for the loss that is weighted by w(t)."""
+    return {"losses": functools.partial(weighted_losses, w=w)}
+
+
+def skipping_losses(model, D, index, t, eps):
+    """nft.pair_losses without the pairs of r = 1/2: images with just their prompt's mean reward.
+
+    Their loss has no direction of its own. With them goes their pull to the old policy and to the
+    base model; in the log they count as 0.
+    """
+    useful = (D["r"][index] != 0.5).nonzero().flatten()
+    # Zeros that have a gradient (it is 0), for the case that no pair is useful.
+    theta = model.lora.adapters["theta"][0]
+    nothing = torch.zeros_like(D["r"][index]) + 0 * theta.sum()
+    if len(useful) == 0:
+        return nothing, nothing, nothing.detach()
+    found = nft.pair_losses(model, D, index[useful], t[useful.cpu()], eps[useful])
+    loss, kl, deviation = (nothing.index_put((useful,), x) for x in found)
+    return loss, kl, deviation.detach()
+
+
+def skipping():
+    """Parts for a loss of the images alone that are better or worse than their prompt's mean."""
+    return {"losses": skipping_losses}
+
+
+class Reuse:
+    """nft.collect that samples in iterations 1, k + 1, 2 k + 1 ... alone.
+
+    The k - 1 iterations after each of these get its images once more.
+    """
+
+    def __init__(self, k):
+        self.k = k
+        self.kept = None
+
+    def __call__(self, model, rewards, numbered, key, policy):
+        """As nft.collect."""
+        if key == ("probe",):
+            # The trial image.
+            return nft.collect(model, rewards, numbered, key, policy)
+        _, iteration = key
+        if (iteration - 1) % self.k == 0:
+            self.kept = nft.collect(model, rewards, numbered, key, policy)
+        # A copy: nft.train empties its D at the end of an iteration.
+        return dict(self.kept)
+
+
+# ---- The sweep: what each method's settings were chosen from -------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Learning rates times values of a method's own knob."""
+
+    model: str
+    rates: tuple
+    knob: str
+    values: tuple
+
+
+GRIDS = {
+    "nft": Grid("tiny", (1e-3, 2e-3, 4e-3), "beta", (1, 0.3)),
+    "ddpo": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
+    "loop": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
+    "dpok": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
+    "rwr": Grid("tiny", (1e-3, 2e-3, 4e-3), "temperature", (0.1, 0.3)),
+    "rft": Grid("tiny", (1e-3, 2e-3, 4e-3), "kl", (0, 0.1)),
+    "flowgrpo": Grid("tiny-sd3", (1.5e-3, 3e-3, 6e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
+    "nft-sd3": Grid("tiny-sd3", (1.5e-3, 3e-3, 6e-3), "beta", (1, 0.3)),
+}
+# Where the best of a grid lay at its edge, and FlowGRPO without its KL.
+EDGES = [
+    ("nft", {"lr": 2e-3, "beta": 0.1}),
+    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0}),
+    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-2, "kl": 0}),
+    ("ddpo", {"lr": 6e-3, "clip_range": 1e-2}),
+    ("loop", {"lr": 6e-3, "clip_range": 1e-2}),
+    ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
+    ("nft-sd3", {"lr": 3e-3, "beta": 0.1}),
+]
+# Ten iterations flatter a learning rate that collapses later: these are run as long as in the
+# comparison.
+LONG = [
+    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0}),
+    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0.04}),
+    ("flowgrpo", {"lr": 1.5e-3, "clip_range": 1e-3, "kl": 0.04}),
+    ("ddpo", {"lr": 3e-3, "clip_range": 1e-2}),
+    ("ddpo", {"lr": 1.5e-3, "clip_range": 1e-2}),
+    ("loop", {"lr": 1.5e-3, "clip_range": 1e-3}),
+    ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
+    ("dpok", {"lr": 1.5e-3, "clip_range": 3e-4}),
+]
+
+
+def sweep_row(kind, key, iterations, eval_every, settings):
+    """A row of the sweep: `kind` is "sweep" or "long", `key` one of GRIDS."""
+    model = GRIDS[key].model
+    # The learning rate stands last.
+    names = [name for name in settings if name != "lr"]
+    words = [f"{name}{settings[name]:g}" for name in [*names, "lr"]]
+    more = {"eval_every": eval_every}
+    if model == "tiny-sd3":
+        more["ema"] = 0.9
+    method = key.removesuffix("-sd3")
+    name = "-".join([kind, key, *words])
+    return Row(name, method, method, model, iterations, settings | more)
+
+
+def sweep():
+    """The rows of GRIDS and EDGES, ten iterations each, and of LONG."""
+    rows = []
+    for key, grid in GRIDS.items():
+        for value in grid.values:
+            for lr in grid.rates:
+                rows.append(sweep_row("sweep", key, 10, 5, {"lr": lr, grid.knob: value}))
+    for key, settings in EDGES:
+        rows.append(sweep_row("sweep", key, 10, 5, settings))
+    for key, settings in LONG:
+        if key == "flowgrpo":
+            rows.append(sweep_row("long", key, 60, 4, settings))
+        else:
+            rows.append(sweep_row("long", key, 24, 2, settings))
+    return rows
+
+
+# ---- The other figures ---------------------------------------------------------------------------
+# What the sweep chose. Of the ten-iteration rows: the best held-out accuracy at the end, and where
+# several lie within 0.02 of it, the best training reward. Of LONG: the best accuracy on the way.
+TUNED = {
+    "nft": {"lr": 2e-3, "beta": 0.3},
+    "ddpo": {"lr": 3e-3, "clip_range": 1e-2},
+    "loop": {"lr": 3e-3, "clip_range": 1e-3},
+    "dpok": {"lr": 1.5e-3, "clip_range": 3e-4},
+    "rwr": {"lr": 2e-3, "temperature": 0.1},
+    "rft": {"lr": 2e-3, "kl": 0},
+    "flowgrpo": {"lr": 1.5e-3, "clip_range": 1e-3},
+    "nft-sd3": {"lr": 3e-3, "beta": 0.3},
+}
+LABELS = {
+    "nft": "NFT",
+    "ddpo": "DDPO",
+    "loop": "LOOP",
+    "dpok": "DPOK",
+    "rwr": "RWR",
+    "rft": "RFT",
+    "flowgrpo": "FlowGRPO",
+}
+# The ablations' own settings: a learning rate at which not everything works for a while, and on
+# tiny-sd3 the average of theta of tiny, which follows a short run.
+ABLATED = {
+    "tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 3},
+    "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "ema": 0.9, "eval_every": 4},
+}
+ABLATED_ITERATIONS = {"tiny": 12, "tiny-sd3": 16}
+
+
+def compared(key, model, iterations, **settings):
+    """A row of a comparison: the method of TUNED[key]."""
+    method = key.removesuffix("-sd3")
+    settings = settings | TUNED[key]
+    return Row(f"{model}-{method}", LABELS[method], method, model, iterations, settings)
+
+
+def ablated(name="default", model="tiny", change=None, reuse=1, **settings):
+    """A row of an ablation; without arguments the one that all others of its model change."""
+    return Row(
+        name=f"{name}-{model}",
+        label=describe(settings) or name,
+        method="nft",
+        model=model,
+        iterations=ABLATED_ITERATIONS[model],
+        settings=ABLATED[model] | settings,
+        change=change,
+        reuse=reuse,
+    )
+
+
+def signal_row(name="default", change=None, **settings):
+    """A row on what an image is worth; without arguments the one that all others change."""
+    return Row(
+        name=f"signal-{name}",
+        label=describe(settings) or name,
+        method="nft",
+        model="tiny",
+        iterations=12,
+        settings=TUNED["nft"] | {"eval_every": 2} | settings,
+        change=change,
+    )
+
+
+FIGURES = {
+    "tiny": [
+        compared(key, "tiny", 24, eval_every=2)
+        for key in ("nft", "ddpo", "dpok", "loop", "rwr", "rft")
+    ],
+    "tiny-sd3": [
+        compared("nft-sd3", "tiny-sd3", 32, eval_every=4, ema=0.9),
+        compared("flowgrpo", "tiny-sd3", 60, eval_every=4, ema=0.9),
+    ],
+    "negative": [
+        ablated(),
+        ablated("positive", change=positive_only),
+        ablated(model="tiny-sd3"),
+        ablated("positive", "tiny-sd3", change=positive_only),
+    ],
+    "solvers": [
+        ablated(),
+        ablated("solver-ddim", solver="ddim"),
+        ablated("solver-dpm2-sde", solver="dpm2-sde"),
+    ],
+    "eta": [
+        ablated(),
+        ablated("eta-0", eta="0"),
+        ablated("eta-0.9", eta="0.9"),
+        ablated("eta-slow", eta="4,0.1,0.999"),
+    ],
+    "weighting": [
+        ablated(model="tiny-sd3"),
+        ablated("w=1", "tiny-sd3", functools.partial(weighted, constant_weight)),
+        ablated("w=t", "tiny-sd3", functools.partial(weighted, rising_weight)),
+        ablated("w=1-t", "tiny-sd3", functools.partial(weighted, falling_weight)),
+    ],
+    "beta": [
+        ablated(),
+        ablated("beta-0.1", beta=0.1),
+        ablated("beta-0.3", beta=0.3),
+        ablated("beta-3", beta=3),
+    ],
+    "off-policy": [ablated(), ablated("reused-4", reuse=4)],
+    "signal": [
+        signal_row(),
+        signal_row("skip", change=skipping),
+        signal_row("times-1", train_times=1),
+        signal_row("updates-2", updates=2),
+        signal_row("updates-8", updates=8),
+        signal_row("groups-8", groups=8, group_size=24),
+        signal_row("groups-32", groups=32, group_size=6),
+    ],
+    "precision": [
+        signal_row(),
+        signal_row("bf16", precision="bf16"),
+        signal_row("fp16", precision="fp16"),
+    ],
+    "sweep": sweep(),
+}
+TITLES = {
+    "sweep": "Sweep",
+    "tiny": "Comparison on tiny, which predicts eps",
+    "tiny-sd3": "Comparison on tiny-sd3, a flow",
+    "negative": "Negative branch: default, or without it",
+    "solvers": "Figure 7, solver of the rollouts: default dpm2",
+    "eta": "Figure 8, eta: default 0,0.001,0.5",
+    "weighting": "Figure 9, weighting: default adaptive",
+    "beta": "Figure 10, beta: default 1",
+    "off-policy": "Images trained on k times: default once",
+    "precision": "Precision of the base: default fp32",
+    "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
+}
