@@ -532,8 +532,8 @@ def aesthetic():
     return reward
 
 
-def load_reward(source):
-    """A reward function by NAME, FILE.py:FUNCTION or package.module:FUNCTION."""
+def load_reward(source, files):
+    """A reward function by NAME, FILE.py:FUNCTION or package.module:FUNCTION; files: a cache."""
     if source == "jpeg":
         return jpeg
     if source == "aesthetic":
@@ -546,14 +546,16 @@ def load_reward(source):
     sys.path.insert(0, str(file.parent))
     if not path.endswith(".py"):
         return getattr(importlib.import_module(path), function)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
+    if file not in files:
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        files[file] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(files[file])
+    return getattr(files[file], function)
 
 
-def load_rewards(spec, flag):
+def load_rewards(spec, flag, files=None):
     """ "NAME=W,FILE.py:FUNCTION", a function or a dict of these -> [Reward]. Raises UserError."""
+    files = {} if files is None else files
     if callable(spec):
         spec = {getattr(spec, "__name__", "reward"): spec}
     if isinstance(spec, dict):
@@ -565,7 +567,7 @@ def load_rewards(spec, flag):
         label = f"{Path(path).stem}:{name}" if path else source
         rule = f"{flag} {part}: must be aesthetic, jpeg, FILE.py:FUNCTION or package:FUNCTION"
         with blame(f"{rule}, and a number after ="):
-            reward = Reward(label, float(weight or 1), load_reward(source))
+            reward = Reward(label, float(weight or 1), load_reward(source, files))
         if not math.isfinite(reward.weight) or not callable(reward.function):
             raise UserError(f"{rule}, and a finite number after =; correct it")
         rewards.append(reward)
@@ -926,10 +928,12 @@ def train(
     """Algorithm 1, of parts that a study may replace. Returns the rows of metrics.jsonl, a dict an
     iteration from 0, the base's. Raises UserError, of status 2 before anything is written."""
     prompts, held_out = load_prompt_sets(config)
-    rewards = load_rewards(config.reward, "--reward")
+    # A reward's file is run once for both flags.
+    files = {}
+    rewards = load_rewards(config.reward, "--reward", files)
     if not rewards:
         raise UserError("--reward: must name one; try jpeg")
-    watched = load_rewards(config.watch, "--watch")
+    watched = load_rewards(config.watch, "--watch", files)
     watched = rewards + [reward._replace(weight=0.0) for reward in watched]
     model = make_model(config)
     collect(model, watched, [(0, *prompts[0])], ("probe",), "old")
