@@ -2,8 +2,8 @@
 
 Sample images with any solver, score them, and fine-tune with a supervised loss that contrasts an
 implicit positive and an implicit negative policy: no likelihoods, no trajectories, no guidance.
-Numbers of equations, sections and lines are those of the paper, arXiv 2509.16117; "Departs" marks
-where the code does, and README.md lists it.
+Numbers of equations, sections and lines are those of the paper, arXiv 2509.16117. "Departs" marks
+where the code differs from it; README.md lists these places.
 
     python nft.py                                       # a tiny pipeline, on a CPU, in minutes
     python nft.py --model sd15 --reward aesthetic       # Stable Diffusion 1.5, LAION aesthetics
@@ -12,9 +12,10 @@ where the code does, and README.md lists it.
     symbol    here           meaning
     x_0       x_0            a clean sample: the pipeline's final latents
     x_t       x_t            alpha_t x_0 + sigma_t eps, with eps ~ N(0, I): the forward process
-    v_theta   out_theta      the trained denoiser's output (velocity, eps or v); x0_theta as sample
+    v_theta   out_theta      the trained denoiser's output (of any prediction); x0_theta as sample
     v_old     out_old        the sampling policy, which follows theta slowly; x0_old as sample
     v_ref     out_ref        the model before training: its adapter is off
+    v+, v-    x0_positive/negative  the implicit policies of Eq. (5), as samples
     r_raw, r  raw, r         the reward, and the optimality in [0, 1] that it is normalised to
     beta      beta           how far the implicit policies lie from v_old, Eq. (5)
     eta_i     eta            share of theta_old that stays after iteration i, Algorithm 1 line 14
@@ -90,7 +91,9 @@ class Config:
     reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W, FILE.py:FUNCTION or package:FUNCTION")
     watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
     prompts: str = flag("", ".txt (one a line) or .jsonl (`prompt`, metadata); empty: animals")
-    eval_prompts: str = flag("", "held-out prompts; empty: a tenth of --prompts, 64 at most")
+    eval_prompts: str = flag(
+        "", "held-out prompts; empty: a tenth of --prompts, or all of under 10"
+    )
     out: str = flag("", "run directory; empty: a new one under runs/")
     resume: bool = flag(False, "go on with the run in --out")
     iterations: int = flag(100, "iterations i of Algorithm 1", low=1)
@@ -195,7 +198,7 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
 
     x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and the old policy;
     no gradient flows into the latter. x_0: (B, ...), the sampled images. r: (B,), in [0, 1].
-    The optimum is v_old + (2 / beta) Delta, Eq. (6), with the Delta of Eq. (4).
+    With squared distances the optimum is v_old + (2 / beta) Delta, Eq. (6), with Eq. (4)'s Delta.
     """
     x0_old = x0_old.detach()
     # The paper mixes velocities:
@@ -206,8 +209,8 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
     x0_positive = (1 - beta) * x0_old + beta * x0_theta
     x0_negative = (1 + beta) * x0_old - beta * x0_theta
     loss = r * distance(x0_positive, x_0) + (1 - r) * distance(x0_negative, x_0)
-    # Departs from Eq. (5), as the released code: divided by beta, so that beta moves the optimum
-    # and not the size of the gradient.
+    # Departs from Eq. (5), as the released code but for its factor 5: divided by beta, so that
+    # beta moves the optimum and not the size of the gradient.
     return loss / beta
 
 
@@ -447,8 +450,8 @@ class Model:
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
     def probe(self):
-        """Paint an image, and learn `times`, those of the solver, as the denoiser takes them;
-        `time_scale`, this over the solver's; `shared`, the arguments without a row an image."""
+        """Sample once, to learn `times`, those of the solver in the denoiser's unit; `time_scale`,
+        this unit over the solver's; `shared`, the denoiser's arguments without a row an image."""
         self.shared = {}
         names = ("model", "solver", "steps", "guidance", "resolution")
         settings = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
@@ -456,23 +459,27 @@ class Model:
             self.sample([""], [("probe",)], policy=None)
         times = torch.cat([t for t, _, _ in self.calls])
         _, arguments, out = self.calls[0]
+        _, _, said = self.calls[-1]
+        _, heard, _ = self.steps[-1]
         self.times = times.unique()
         self.time_scale = times[0].item() / (self.steps[0][0] or 1)
         for name, value in arguments.items():
             tensors = filter(torch.is_tensor, tree_leaves(value))
             if any(x.shape[:1] != out.shape[:1] for x in tensors):
                 self.shared[name] = map_tensors(torch.clone, value)
-        if (self.calls[-1][2][-1].float() * self.steps[-1][1][-1].float()).sum() <= 0:
+        # The last row: with guidance the conditional one.
+        if (said[-1].float() * heard[-1].float()).sum() <= 0:
             self.refuse("its solver must be given the denoiser's output with its own sign")
         ours, theirs = self.alphas_cumprod, getattr(self.pipe.scheduler, "alphas_cumprod", None)
         if ours is None:
+            # sigma, once a step of the solver.
             _, ours = self.noise_level(times[:: len(times) // len(self.steps)])
             theirs = self.pipe.scheduler.sigmas[: len(ours)]
         if not (ours.cpu() - theirs.cpu()).abs().max() < 0.02:
             self.refuse("its solver must visit the noise levels that its times stand for")
 
     def predict(self, x_t, t, condition, policy):
-        """The denoiser's output, fp32, like x_t (B, ...); t (B,) as it takes it; as in `sample`."""
+        """The denoiser's output in fp32, like x_t (B, ...), at its times t (B,); see `sample`."""
         # It stays active: with --checkpointing the backward pass calls the layers once more.
         self.lora.active = policy
         inputs = {self.input: x_t.to(self.dtype), "timestep": t.to(self.device)}
@@ -606,6 +613,7 @@ def load_prompts(path, flag):
         if path.endswith(".jsonl"):
             rows = [json.loads(row["prompt"]) for row in rows]
         prompts = [(row.pop("prompt").strip(), row) for row in rows]
+        # Lone surrogates of JSON are no text.
         "".join(prompt for prompt, _ in prompts).encode()
     if not prompts or not all(prompt for prompt, _ in prompts):
         raise UserError(f"{rule}, and none empty; correct it")
@@ -690,7 +698,7 @@ def write_file(path, data):
         os.replace(f"{path}.tmp", path)
 
 
-# What is learnt, with rows of metrics.jsonl, the first the base model's, and where that is kept.
+# The state of a run. rows: those of metrics.jsonl, the first the base model's.
 Run = namedtuple("Run", "config model optimizer scaler prompts rows dir")
 
 
@@ -761,7 +769,7 @@ SHOWN = 16  # images in a grid
 def collect(model, rewards, numbered, key, policy):
     """Lines 2 and 3: an image, scored, for each (i, prompt, metadata), from the noise of (*key, i).
 
-    Returns what Model.sample does, of the images the first ones; prompts; and on the CPU raw (B,),
+    Returns what Model.sample does, but only SHOWN images; prompts; and on the CPU raw (B,),
     parts {name: (B,)}, laplacian (B,).
     """
     size = model.config.batch_size
@@ -803,7 +811,7 @@ def evaluate(run, rewards, prompts, iteration):
 
 
 def pair_losses(model, D, index, t, eps, loss=nft_loss):
-    """Lines 9 to 12 for b rows `index` of D at times t (b,), as the denoiser takes them, with eps:
+    """Lines 9 to 11 and 12's loss for b rows `index` of D at the denoiser's times t (b,) with eps:
     Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient, each (b,)."""
     config, x_0 = model.config, D["x_0"][index]
     condition = map_tensors(lambda x: x[index], D["condition"])
@@ -820,7 +828,7 @@ def pair_losses(model, D, index, t, eps, loss=nft_loss):
     x0_theta, slope = predict_x0(x_t, out_theta, alpha_t, sigma_t, model.prediction)
     # Departs from section 3.3 for eps- and v-prediction: an error of the output moves x_0 by slope,
     # for eps sigma / alpha = 14.6 at SD1.5's t = 999, and high noise would drive all learning. With
-    # this weight, 1 for flow, the gradient by the output is as there: sigma / (alpha + sigma).
+    # this weight, 1 for flow, the gradient scales as for flow: by sigma / (alpha + sigma).
     weight = (sigma_t / (alpha_t + sigma_t) / slope).flatten()
     losses = weight * loss(x0_theta, x0_old, x_0, D["r"][index], config.beta)
     kl = torch.zeros_like(losses)
@@ -834,14 +842,14 @@ def draw_pairs(config, times, iteration):
     """The pairs of an image and a time of each optimizer step, [(index (b,), t (b,))]."""
     N = config.groups * config.group_size
     noise = generator(config.seed, iteration, "training")
-    # Departs from section 4: not at all of the sampler's times, but some, without repeats.
+    # Departs from section 4: at a few of the sampler's times, each once, and not at every one.
     chosen = times[torch.rand(N, len(times), generator=noise).argsort(1)[:, : config.train_times]]
     steps = torch.randperm(N, generator=noise).tensor_split(config.updates)
     return [(i.repeat_interleave(chosen.shape[1]), chosen[i].flatten()) for i in steps]
 
 
 def optimize(run, D, iteration, losses=pair_losses):
-    """Lines 8 to 13: `updates` steps of AdamW, which share the images of D. Returns means."""
+    """Lines 8 to 13: `updates` steps of AdamW, which share the images of D. Fields of a row."""
     config = run.config
     model = run.model
     mine = share(config.groups * config.group_size)
@@ -855,7 +863,7 @@ def optimize(run, D, iteration, losses=pair_losses):
         for start in range(0, len(pairs), config.batch_size):
             batch = pairs[start : start + config.batch_size]
             noise = [generator("eps", config.seed, step, pair) for pair in batch.tolist()]
-            eps = torch.stack([torch.randn(D["x_0"].shape[1:], generator=key) for key in noise])
+            eps = torch.stack([torch.randn(D["x_0"].shape[1:], generator=g) for g in noise])
             rows = (index[batch] - mine.start).to(model.device)
             terms = losses(model, D, rows, t[batch], eps.to(model.device))
             # Departs from line 12: the KL term, as in the released code.
@@ -865,11 +873,11 @@ def optimize(run, D, iteration, losses=pair_losses):
         if not sums.isfinite().all():
             raise UserError("the loss is not finite; try a smaller --lr, or --precision bf16")
         norms.append(gradient_step(run, step))
-    means = sum(gather(sums / sum(len(index) for index, _ in steps))).tolist()
-    row = dict(zip(("loss", "kl", "old_deviation"), means, strict=True))
+    averages = sum(gather(sums / sum(len(index) for index, _ in steps))).tolist()
+    row = dict(zip(("loss", "kl", "old_deviation"), averages, strict=True))
     finite = [norm for norm in norms if math.isfinite(norm)]
     skipped = run.rows[-1]["skipped_steps"] + len(norms) - len(finite)
-    return row | {"grad_norm": sum(finite) / len(norms), "skipped_steps": skipped}
+    return row | {"grad_norm": sum(finite) / max(1, len(finite)), "skipped_steps": skipped}
 
 
 def gradient_step(run, step):
@@ -928,6 +936,8 @@ def train(
     """Algorithm 1, of parts that a study may replace. Returns the rows of metrics.jsonl, a dict an
     iteration from 0, the base's. Raises UserError, of status 2 before anything is written."""
     prompts, held_out = load_prompt_sets(config)
+    if len(held_out) < WORLD:
+        raise UserError(f"--eval-prompts: must be {WORLD} or more, one a process; give more")
     # A reward's file is run once for both flags.
     files = {}
     rewards = load_rewards(config.reward, "--reward", files)
@@ -936,12 +946,13 @@ def train(
     watched = load_rewards(config.watch, "--watch", files)
     watched = rewards + [reward._replace(weight=0.0) for reward in watched]
     model = make_model(config)
+    # A trial image: a faulty reward fails before anything is written.
     collect(model, watched, [(0, *prompts[0])], ("probe",), "old")
     run = open_run(config, model, json.dumps([prompts, held_out]))
     K = config.group_size
     N = config.groups * K
     mine = share(N)
-    started = time.time()
+    started = time.time() - (run.rows[-1]["seconds"] if run.rows else 0)
     saved = 0
     try:
         if not run.rows:
@@ -950,7 +961,6 @@ def train(
             run.rows.append(row | {"seconds": time.time() - started})
             save(run)
         saved = run.rows[-1]["iteration"]
-        started -= run.rows[-1]["seconds"]
         ahead = range(saved + 1, config.iterations + 1)
         for iteration in tqdm(ahead, "train", position=1, disable=HIDDEN):  # line 1
             # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3).
@@ -990,8 +1000,8 @@ def train(
         if RANK == 0:
             conclude(run, held_out)
     except (Exception, KeyboardInterrupt) as error:
-        saved = f"iteration {saved} is saved, go on with: python nft.py --out {run.dir} --resume"
-        failure = UserError(f"{reason(error)} in iteration {len(run.rows)}; {saved}")
+        mend = f"iteration {saved} is saved, go on with: python nft.py --out {run.dir} --resume"
+        failure = UserError(f"{reason(error)} in iteration {len(run.rows)}; {mend}")
         failure.status = 130 if isinstance(error, KeyboardInterrupt) else 1
         raise failure from error
     return run.rows

@@ -7,6 +7,7 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import functools
 import json
 
 import common
@@ -27,6 +28,7 @@ LOSS_FACTORS = {
 KL_FACTORS = {"kl-x_0": lambda alpha, sigma: (sigma / alpha) ** 2}
 
 
+@functools.cache
 def losses_of(name):
     """A row's three losses, nft.py's own, and alpha and sigma, at the ten times of its sampler."""
     row = epsilon_study.ROWS[name]

@@ -211,8 +211,8 @@ OTHERS = [
     ({"out": "folder", "resume": True}, ["--out folder"]),
     ({"out": "p.txt", "resume": True}, ["--out p.txt"]),
     ({"out": "run\0", "resume": True}, ["--out run"]),
-    ({"model": common.ROOT / "sd3", "solver": "ddim"} | SD3, ["--solver ddim"]),
-    ({"model": common.ROOT / "sd3", "solver": "PNDM"} | SD3, ["--solver PNDM"]),
+    ({"model": "../sd3", "solver": "ddim"} | SD3, ["--solver ddim"]),
+    ({"model": "../sd3", "solver": "PNDM"} | SD3, ["--solver PNDM"]),
 ]
 
 # Words after a good command line that make it one that cannot be read.

@@ -46,13 +46,13 @@ def test_checker(category):
 
 def test_reward():
     """It is 1 for just what the caption says; objects too many, speckle and smears make it 0."""
-    caption = "a red square"
-    clean, several, other = shapes.render([caption, "two red squares", "a blue square"], seed=0)
+    caption = "a red circle"
+    clean, several, other = shapes.render([caption, "two red circles", "a blue circle"], seed=0)
     speckled = clean.clone()
     speckled[:, 0, ::2] = 0
     blank = torch.ones(3, 32, 32)
     smear = blank.clone()
-    smear[1:, 14:18, 4:28] = 0.1
+    smear[1:, 12:18, 8:24] = 0.1
     noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = torch.stack([clean, several, other, speckled, blank, smear, noise])
     found = shapes.reward(images, [caption] * 7, [{}] * 7)
