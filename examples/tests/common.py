@@ -46,7 +46,7 @@ def minus_red(images, prompts, metadata):
 
 @functools.cache
 def root():
-    """ROOT with the untrained pipelines sd15, sdxl, sd3 and flux, the hub cache, and small files."""
+    """ROOT, with the untrained pipelines sd15, sdxl, sd3, flux, the hub cache and small files."""
     untrained.build(ROOT)
     (ROOT / "reward.py").write_text(REWARDS)
     (ROOT / "train.txt").write_text("\n".join(TEXTS) + "\n")

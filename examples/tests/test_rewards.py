@@ -97,7 +97,8 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("FACTOR = 10\n")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    sys.modules.pop("beside", None)
+    for name in ("own", "beside", "kennel", "kennel.judges"):
+        sys.modules.pop(name, None)
 
 
 NAMES = ["aesthetic", "jpeg", *sorted(file.stem for file in ROOM.glob("*.py"))]
@@ -395,17 +396,17 @@ def test_a_score_is_the_images_own(name):
 
 def embeddings(repository):
     """CLIP's of ARRAYS and PROMPTS in float64: two (4, 768) of length 1, and its scale."""
-    clip = CLIPModel.from_pretrained(repository).double()
+    model = CLIPModel.from_pretrained(repository).double()
     tokenizer = CLIPTokenizer.from_pretrained(untrained.CLIP)
     given = untrained.image_processor()(list(ARRAYS), return_tensors="pt")
-    pooled = clip.vision_model(given["pixel_values"].double()).pooler_output
-    seen = pooled @ clip.visual_projection.weight.T
+    pooled = model.vision_model(given["pixel_values"].double()).pooler_output
+    seen = pooled @ model.visual_projection.weight.T
     read = []
     # One by one, so that nothing is padded
     for prompt in PROMPTS:
         ids = tokenizer(prompt, truncation=True, return_tensors="pt").input_ids
-        read.append(clip.text_model(ids).pooler_output @ clip.text_projection.weight.T)
-    return F.normalize(seen, dim=1), F.normalize(torch.cat(read), dim=1), clip.logit_scale.exp()
+        read.append(model.text_model(ids).pooler_output @ model.text_projection.weight.T)
+    return F.normalize(seen, dim=1), F.normalize(torch.cat(read), dim=1), model.logit_scale.exp()
 
 
 def assert_measures(name, expected):
@@ -498,8 +499,9 @@ def test_custom():
     assert_close(raw, torch.tensor([0.0, expected, -expected]))
 
 
+@torch.no_grad()
 def test_learned_trains_once(tmp_path, monkeypatch, capsys):
-    """learned.py trains its judge when it is first asked, and reads it from a file from then on."""
+    """It trains its judge when first asked, then reads it; a reward is its probability."""
     train = functools.partial(learned.train, steps=2, size=8, pool=1)
     monkeypatch.setattr(learned, "train", train)
     monkeypatch.setattr(learned, "FILE", tmp_path / "learned.pt")
@@ -510,8 +512,10 @@ def test_learned_trains_once(tmp_path, monkeypatch, capsys):
         judged.append(learned.reward(images, PROMPTS[:3], [{}] * 3))
     learned.load_judge.cache_clear()
     assert capsys.readouterr().err.count("training") == 1
-    assert_close(*judged)
-    assert 0 < judged[0].min() < judged[0].max() < 1
+    judge = learned.Judge()
+    judge.load_state_dict(torch.load(learned.FILE, weights_only=True))
+    expected = torch.sigmoid(judge(images, PROMPTS[:3]))
+    assert_close(judged, [expected, expected])
 
 
 # ---- ocr.py --------------------------------------------------------------------------------------
@@ -526,7 +530,7 @@ def sign(text, missing=0.0):
 
 
 def test_ocr_reads():
-    """ocr gives 1 to the text, less where some is missing, 0 to none; metadata's text goes first."""
+    """It gives 1 to the text, less where some is missing, 0 to none; metadata's text goes first."""
     pytest.importorskip("rapidocr_onnxruntime", reason="pip install rapidocr-onnxruntime")
     images = torch.stack([sign("Hello World"), sign("Hello World", 0.35), sign("")])
     prompts = ['a sign "Goodbye"', 'a sign "hello world"', 'a sign "Hello"']
