@@ -707,6 +707,8 @@ def open_run(config, model, prompts):
     theta = model.lora.adapters["theta"]
     optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    # It has a scale from its first use on, and a process may have no pair in a step.
+    scaler.scale(torch.zeros((), device=model.device))
     run = Run(config, model, optimizer, scaler, prompts, [], Path(config.out))
     if config.resume and os.path.exists(run.dir / "checkpoint.pt"):
         restore(run, run.dir / "checkpoint.pt")
