@@ -568,10 +568,10 @@ def load_rewards(spec, flag, files=None):
     if isinstance(spec, dict):
         return [Reward(name, 1.0, function) for name, function in spec.items()]
     rewards = []
-    for part in filter(None, spec.split(",")):
-        source, _, weight = part.strip().partition("=")
+    for part in filter(None, map(str.strip, spec.split(","))):
+        source, _, weight = part.partition("=")
         path, _, name = source.rpartition(":")
-        label = f"{Path(path).stem}:{name}" if path else source
+        label = f"{Path(path).name.removesuffix('.py')}:{name}" if path else source
         rule = f"{flag} {part}: must be aesthetic, jpeg, FILE.py:FUNCTION or package:FUNCTION"
         with blame(f"{rule}, and a number after ="):
             reward = Reward(label, float(weight or 1), load_reward(source, files))

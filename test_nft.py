@@ -559,6 +559,7 @@ def test_reward_rises(tmp_path):
         """Of the held-out redness, over eight iterations on the tiny pipeline."""
         settings = {"iterations": 8, "groups": 4, "group_size": 12, "updates": 4, "steps": 4}
         settings |= {"lr": 5e-3, "beta": 0.5, "kl": 0.01, "eta": 0, "rank": 16, "eval_every": 9}
+        settings |= {"z": 2.0, "warmup": 3, "ema": 0.8, "train_times": 2}
         out = tmp_path / reward.__name__
         tiny = nft.configure(
             model="tiny", reward=reward, watch={"redness": red}, out=out, **settings
