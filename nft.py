@@ -1099,6 +1099,9 @@ def main(argv=None, **parts):
         return error.status
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # such as a model that does not fit the memory
+        print(f"nft.py: {reason(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
