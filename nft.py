@@ -40,6 +40,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -62,9 +63,18 @@ class UserError(Exception):
 
 
 def reason(error):
-    """An exception in one line: its type and the end of its text, where libraries are plain."""
+    """An exception in one line: its type, the end of its text, and the user's own FILE:LINE."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text[-300:]}"
+    if isinstance(error, UserError):
+        return text
+    ours = reason.__code__.co_filename
+    frames = traceback.extract_tb(error.__traceback__)
+    # The end, where libraries are plain.
+    text = f"{type(error).__name__}: {text[-300:]}"
+    for frame in reversed(frames):
+        if not frame.filename.startswith((ours, sys.prefix, sys.base_prefix, "<")):
+            return f"{text} at {frame.filename}:{frame.lineno}"
+    return text
 
 
 @contextlib.contextmanager
@@ -111,7 +121,8 @@ class Config:
     ema: float = flag(0.9, "decay of the average of theta that is evaluated and saved", 0, 1)
     rank: int = flag(32, "LoRA rank; alpha is twice the rank", low=1, high=4097)
     solver: str = flag("", "dpm2, euler ... or a class of diffusers; empty: the pipeline's own")
-    steps: int = flag(10, "sampling steps", low=1)
+    steps: int = flag(10, "sampling steps of the rollouts", low=1)
+    eval_steps: int = flag(0, "of evaluation, whose noise levels are trained; 0: --steps", low=0)
     guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", low=1)
     resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", low=0)
     max_sequence_length: int = flag(0, "text tokens, if a pipeline takes it; 0: its own", low=0)
@@ -311,7 +322,7 @@ def locate(path):
     if os.path.exists(path) or not path.startswith("examples/"):
         return path
     if not beside.exists():
-        raise UserError(f"{path}: is part of the repository; clone it, or give files of your own")
+        raise UserError(f"{path}: must lie beside nft.py; clone the repository, or name your own")
     return str(beside)
 
 
@@ -328,12 +339,22 @@ def load_pipeline(config, dtype):
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    off = dict(safety_checker=None, feature_extractor=None, add_watermarker=False)
-    rule = f"must be of {', '.join(PRESETS)}, or a pipeline directory or hub id within reach"
     path = locate(MODELS.get(config.model, config.model))
-    with blame(f"--model {config.model}: {rule}"):
+    mend = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR) converts a file"
+    with blame(
+        f"--model {config.model}: must be {', '.join(PRESETS)}, a directory or hub id", mend
+    ):
+        index = diffusers.DiffusionPipeline.load_config(path)
+        # Components that were saved as missing, such as SD3's T5, must be named.
+        off = {name: None for name, kind in index.items() if kind == [None, None]}
+        off |= dict(safety_checker=None, feature_extractor=None, add_watermarker=False)
+        weights = [file.name for file in Path(path).glob("*/*.safetensors")]
+        if weights and all(".fp16." in name for name in weights):
+            off["variant"] = "fp16"
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
     pipe.set_progress_bar_config(disable=True)
+    # From here on it is heard: of prompts that are cut, for one.
+    diffusers.utils.logging.set_verbosity_warning()
     return pipe
 
 
@@ -365,6 +386,24 @@ def pick_solver(name, scheduler):
     return solver.from_config(scheduler.config, **{k: options[k] for k in options if k in known})
 
 
+def solver_level(scheduler, t):
+    """alpha_t, sigma_t (2, 1) of what the denoiser is given at a step, as the solver has them."""
+    x_0 = torch.tensor([[1.0], [0.0]])
+    if hasattr(scheduler, "scale_noise"):
+        x_t = scheduler.scale_noise(x_0, t.reshape(1).cpu(), 1 - x_0)
+    else:
+        x_t = scheduler.add_noise(x_0, 1 - x_0, t.reshape(1).cpu())
+    if hasattr(scheduler, "scale_model_input"):
+        x_t = scheduler.scale_model_input(x_t, t)
+    return x_t
+
+
+# What `sample` hears: t, the other arguments and the output of each call of the denoiser; and t,
+# the denoiser's output, the next x_t and (alpha_t, sigma_t) of each step of the solver.
+Call = namedtuple("Call", "t arguments out")
+Step = namedtuple("Step", "t out sample level")
+
+
 class Model:
     """A text-to-image pipeline as a black box: a sampler, a denoiser, a forward process."""
 
@@ -389,7 +428,8 @@ class Model:
             self.alphas_cumprod = self.alphas_cumprod.to(self.device)
         if config.solver:
             self.pipe.scheduler = pick_solver(config.solver, scheduler)
-        self.call = dict(num_inference_steps=config.steps, guidance_scale=config.guidance)
+        self.eval_steps = config.eval_steps or config.steps
+        self.call = {"guidance_scale": config.guidance}
         if config.resolution:
             self.call |= dict(height=config.resolution, width=config.resolution)
         if config.max_sequence_length:
@@ -411,40 +451,43 @@ class Model:
         policy: "theta", "old", "ema", or None for the base model. Returns x_0: latents (B, ...) in
         fp32; images: (B, 3, H, W) in [0, 1]; condition: the denoiser's arguments with a row each.
         """
-        noise = [generator(*seed) for seed in seeds]
+        generators = [generator(*seed) for seed in seeds]
+        steps = self.config.steps if policy == "old" else self.eval_steps
+        call = self.call | {"generator": generators, "num_inference_steps": steps}
         solver_step = self.pipe.scheduler.step
-        draws = "generator" in inspect.signature(solver_step).parameters
-        self.calls, self.steps = [], []
+        self.draws = "generator" in inspect.signature(solver_step).parameters
+        self.heard, self.steps = [], []
 
         def hear_denoiser(net, args, kwargs, out):
             given = dict(self.signature.bind(*args, **kwargs).arguments)
             channels = given.pop(self.input).shape[1]
             t = torch.as_tensor(given.pop("timestep")).flatten()[:1].cpu()
             # A learned variance would come after the sample's channels.
-            self.calls.append((t, given, out[0][:, :channels]))
+            self.heard.append(Call(t, given, out[0][:, :channels]))
 
         @functools.wraps(solver_step)  # pipelines look at its signature
         def hear_solver(out, t, *args, **kwargs):
-            if draws:
+            if self.draws:
                 # SD3 and FLUX do not hand their generators on.
-                kwargs.setdefault("generator", noise)
+                kwargs.setdefault("generator", generators)
+            level = solver_level(self.pipe.scheduler, t)
             result = solver_step(out, t, *args, **kwargs)
-            self.steps.append((float(t), out, result[0]))
+            self.steps.append(Step(float(t), out, result[0], level))
             return result
 
         self.lora.active = policy
         hook = self.net.register_forward_hook(hear_denoiser, with_kwargs=True)
         self.pipe.scheduler.step = hear_solver
         try:
-            images = self.pipe(list(prompts), generator=noise, output_type="pt", **self.call).images
+            images = self.pipe(list(prompts), output_type="pt", **call).images
         finally:
             del self.pipe.scheduler.step
             hook.remove()
             self.lora.active = None
-        x_0 = self.steps[-1][2].float()
+        x_0 = self.steps[-1].sample.float()
         if not (x_0.isfinite().all() and images.isfinite().all()):
             raise UserError("a sample is not finite; try --precision bf16, or a smaller --lr")
-        arguments = {k: v for k, v in self.calls[0][1].items() if k not in self.shared}
+        arguments = {k: v for k, v in self.heard[0].arguments.items() if k not in self.shared}
         # With guidance the batch is [unconditional, conditional]: we train the latter.
         condition = map_tensors(lambda x: x[-len(prompts) :], arguments)
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
@@ -453,29 +496,29 @@ class Model:
         """Sample once, to learn `times`, those of the solver in the denoiser's unit; `time_scale`,
         this unit over the solver's; `shared`, the denoiser's arguments without a row an image."""
         self.shared = {}
-        names = ("model", "solver", "steps", "guidance", "resolution")
+        names = ("model", "solver", "steps", "eval_steps", "guidance", "resolution")
         settings = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
         with blame(f"{settings}: must fit each other, and text to image", "change one of them"):
-            self.sample([""], [("probe",)], policy=None)
-        times = torch.cat([t for t, _, _ in self.calls])
-        _, arguments, out = self.calls[0]
-        _, _, said = self.calls[-1]
-        _, heard, _ = self.steps[-1]
+            _, *shape = self.sample([""], [("probe",)], policy=None)["images"].shape
+        size = self.config.resolution
+        if shape != [3, size or shape[1], size or shape[2]]:
+            self.refuse(f"must paint red, green, blue of --resolution {size}, not {shape}")
+        times = torch.cat([call.t for call in self.heard])
         self.times = times.unique()
-        self.time_scale = times[0].item() / (self.steps[0][0] or 1)
-        for name, value in arguments.items():
+        self.time_scale = times[0].item() / (self.steps[0].t or 1)
+        first = self.heard[0]
+        for name, value in first.arguments.items():
             tensors = filter(torch.is_tensor, tree_leaves(value))
-            if any(x.shape[:1] != out.shape[:1] for x in tensors):
+            if any(x.shape[:1] != first.out.shape[:1] for x in tensors):
                 self.shared[name] = map_tensors(torch.clone, value)
         # The last row: with guidance the conditional one.
-        if (said[-1].float() * heard[-1].float()).sum() <= 0:
+        if (self.heard[-1].out[-1].float() * self.steps[-1].out[-1].float()).sum() <= 0:
             self.refuse("its solver must be given the denoiser's output with its own sign")
-        ours, theirs = self.alphas_cumprod, getattr(self.pipe.scheduler, "alphas_cumprod", None)
-        if ours is None:
-            # sigma, once a step of the solver.
-            _, ours = self.noise_level(times[:: len(times) // len(self.steps)])
-            theirs = self.pipe.scheduler.sigmas[: len(ours)]
-        if not (ours.cpu() - theirs.cpu()).abs().max() < 0.02:
+        with blame(f"{settings}: times must be those of the model's training", "change one"):
+            # A pipeline may call its denoiser several times a step.
+            levels = self.noise_level(times[:: len(times) // len(self.steps)])
+        theirs = torch.cat([step.level for step in self.steps], 1)
+        if not (torch.stack(levels).cpu() - theirs).abs().max() < 0.02:
             self.refuse("its solver must visit the noise levels that its times stand for")
 
     def predict(self, x_t, t, condition, policy):
@@ -539,63 +582,76 @@ def aesthetic():
     return reward
 
 
-def load_reward(source, files):
-    """A reward function by NAME, FILE.py:FUNCTION or package.module:FUNCTION; files: a cache."""
-    if source == "jpeg":
-        return jpeg
-    if source == "aesthetic":
-        return aesthetic()
-    if ":" not in source:
-        source = f"examples/rewards/{source}.py:reward"
-    path, _, function = source.rpartition(":")
-    # For the file's own imports, or where the package lies; `train` gives the path back.
+BUILT_IN = {"aesthetic": aesthetic, "jpeg": jpeg}
+
+
+def load_module(path, modules):
+    """Import FILE.py or package.module of a reward; modules: {file: module} of the run so far."""
     file = Path(locate(path)).resolve()
+    # What it imports lies beside it, a package where we are; `train` gives the path back.
     sys.path.insert(0, str(file.parent))
     if not path.endswith(".py"):
-        return getattr(importlib.import_module(path), function)
-    if file not in files:
+        return importlib.import_module(path)
+    if file not in modules:
+        for beside in file.parent.glob("*.py"):
+            # A file of this name beside another reward may have been imported.
+            loaded = getattr(sys.modules.get(beside.stem), "__file__", str(beside))
+            if loaded != str(beside) and beside.stem not in {*sys.stdlib_module_names, __name__}:
+                del sys.modules[beside.stem]
         spec = importlib.util.spec_from_file_location(file.stem, file)
-        files[file] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(files[file])
-    return getattr(files[file], function)
+        modules[file] = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(modules[file])
+    return modules[file]
 
 
-def load_rewards(spec, flag, files=None):
+def load_rewards(spec, flag, modules=None):
     """ "NAME=W,FILE.py:FUNCTION", a function or a dict of these -> [Reward]. Raises UserError."""
-    files = {} if files is None else files
+    modules = {} if modules is None else modules
     if callable(spec):
         spec = {getattr(spec, "__name__", "reward"): spec}
     if isinstance(spec, dict):
         return [Reward(name, 1.0, function) for name, function in spec.items()]
     rewards = []
     for part in filter(None, map(str.strip, spec.split(","))):
-        source, _, weight = part.partition("=")
+        label, _, weight = part.partition("=")
+        if label.endswith(".py"):
+            raise UserError(f"{flag} {part}: must name a function; write {label}:FUNCTION")
+        source = label if ":" in label else f"examples/rewards/{label}.py:reward"
         path, _, name = source.rpartition(":")
-        label = f"{Path(path).name.removesuffix('.py')}:{name}" if path else source
-        rule = f"{flag} {part}: must be aesthetic, jpeg, FILE.py:FUNCTION or package:FUNCTION"
-        with blame(f"{rule}, and a number after ="):
-            reward = Reward(label, float(weight or 1), load_reward(source, files))
-        if not math.isfinite(reward.weight) or not callable(reward.function):
-            raise UserError(f"{rule}, and a finite number after =; correct it")
-        rewards.append(reward)
+        rule = f"{flag} {part}: must be a reward that loads, and a finite number after ="
+        with blame(rule, "take aesthetic, jpeg, FILE.py:FUNCTION or package.module:FUNCTION"):
+            function = BUILT_IN.get(label) or getattr(load_module(path, modules), name)
+            # A factory: it loads a model, and returns the reward.
+            if not inspect.signature(function).parameters:
+                function = function()
+            if not math.isfinite(float(weight or 1)):
+                raise ValueError(f"{weight} is not finite")
+        stem = Path(path).name.removesuffix(".py")
+        if ":" in label and [file.stem for file in modules].count(stem) < 2:
+            label = f"{stem}:{name}"
+        rewards.append(Reward(label, float(weight or 1), function))
     return rewards
 
 
 @torch.no_grad()
 def score(rewards, images, prompts, metadata):
-    """r_raw (B,), the weighted sum of the rewards, and its parts {name: (B,)}, fp32 on the CPU."""
-    total, parts = torch.zeros(len(images)), {}
+    """{"reward": r_raw, their weighted sum, "reward/NAME": ...}, each (B,) in fp32 on the CPU."""
+    total = torch.zeros(len(images))
+    scores = {"reward": total}
     for name, weight, function in rewards:
         rule = f"reward {name}: must return one finite number an image"
         with blame(rule):
             result = function(images.clone(), list(prompts), [dict(m) for m in metadata])
             result = result[0] if isinstance(result, tuple) else result
             part = torch.as_tensor(result, dtype=torch.float32).cpu()
-        if part.shape != total.shape or not (weight * part).isfinite().all():
-            raise UserError(f"{rule}, not {part.tolist()} for {list(prompts)}; correct it")
-        parts[name] = part
+        if part.shape != total.shape:
+            raise UserError(f"{rule}, not {tuple(part.shape)} of {len(images)}; correct it")
+        for value, prompt in zip((weight * part).tolist(), prompts, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f"{rule}, not {value} for {prompt!r}; correct it")
+        scores[f"reward/{name}"] = part
         total += weight * part
-    return total, parts
+    return scores
 
 
 # ---- Prompts and pictures ----------------------------------------------------------------------
@@ -605,16 +661,20 @@ PLACES = ["in a forest", "on a beach", "in the snow", "in a meadow", "at sunset"
 
 def load_prompts(path, flag):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
-    rule = f"{flag} {path}: must be UTF-8 text, or JSON with a text `prompt`, a line each"
-    file = Path(locate(path))
-    with blame(rule):
-        text = file.read_text("utf-8-sig")
+    rule = f"{flag} {path}: must be a .txt of a prompt a line, or a .jsonl of an object a line"
+    mend = 'convert it to {"prompt": "...", other keys} a line, in UTF-8'
+    kind = Path(path).suffix.lower()
+    with blame(rule, mend):
+        text = Path(locate(path)).read_text("utf-8-sig")
         rows = [{"prompt": line} for line in text.split("\n") if line.strip()]
-        if path.endswith(".jsonl"):
+        if kind == ".jsonl":
             rows = [json.loads(row["prompt"]) for row in rows]
         prompts = [(row.pop("prompt").strip(), row) for row in rows]
         # Lone surrogates of JSON are no text.
         "".join(prompt for prompt, _ in prompts).encode()
+    is_json = kind == ".txt" and text.lstrip().startswith(('{"', "[{", '["'))
+    if is_json or kind not in (".txt", ".jsonl"):
+        raise UserError(f"{rule}; {mend}")
     if not prompts or not all(prompt for prompt, _ in prompts):
         raise UserError(f"{rule}, and none empty; correct it")
     return prompts
@@ -626,11 +686,17 @@ def load_prompt_sets(config):
     if config.prompts:
         prompts = load_prompts(config.prompts, "--prompts")
     if config.eval_prompts:
-        return prompts, load_prompts(config.eval_prompts, "--eval-prompts")
-    distinct = dict(prompts)
-    chosen = random.Random(config.seed).sample(sorted(distinct), min(64, len(distinct) // 10))
-    held_out = [(prompt, distinct[prompt]) for prompt in chosen]
-    return [pair for pair in prompts if pair[0] not in chosen], held_out or prompts
+        held_out = load_prompts(config.eval_prompts, "--eval-prompts")
+    else:
+        # By their place among the distinct ones, so that a mended line changes no other.
+        distinct = dict(prompts)
+        chosen = random.Random(config.seed).sample(list(distinct), min(64, len(distinct) // 10))
+        held_out = [(prompt, distinct[prompt]) for prompt in chosen] or prompts
+        prompts = [pair for pair in prompts if pair[0] not in chosen]
+    both = {prompt for prompt, _ in prompts} & {prompt for prompt, _ in held_out}
+    warning = f"; {len(both)} of them are trained on, so they are not held out" if both else ""
+    say(f"{len(prompts)} prompts to train on, {len(held_out)} to evaluate on{warning}")
+    return prompts, held_out
 
 
 def draw_prompts(prompts, iteration, config):
@@ -648,27 +714,28 @@ def laplacian(images):
     return F.conv2d(images, kernel, groups=3).abs().mean((1, 2, 3)).cpu()
 
 
-def picture_grid(images, prompts, path):
-    """Save images (N, 3, H, W), enlarged where they are small, eight a row, over their prompts."""
+def picture_grid(images, captions):
+    """A picture of images (N, 3, H, W), eight a row, enlarged where they are small, captioned."""
     from PIL import Image, ImageDraw
 
     height = 96 if images.shape[2] < 96 else 256
     width = height * images.shape[3] // images.shape[2]
-    size = ((width + 12) * 8, (height + 38) * math.ceil(len(images) / 8))
+    size = ((width + 12) * 8, (height + 62) * math.ceil(len(images) / 8))
     sheet = Image.new("RGB", size, "lightgray")
-    for n, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+    for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x = n % 8 * (width + 12) + 6
-        y = n // 8 * (height + 38) + 4
-        sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        caption = textwrap.fill(prompt[: width // 2], width // 6)
-        ImageDraw.Draw(sheet).text((x, y + height + 2), caption, fill="black")
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
+        y = n // 8 * (height + 62) + 4
+        sheet.paste(to_pil(image).resize((width, height), Image.Resampling.BOX), (x, y))
+        # PIL's own font has Latin letters alone; README.md of the run lists the prompts.
+        text = caption.encode("latin-1", "replace").decode("latin-1")
+        text = textwrap.fill(text, width // 6, max_lines=4, placeholder=" ...")
+        ImageDraw.Draw(sheet).text((x, y + height + 2), text, fill="black")
+    return sheet
 
 
 # ---- Processes, and the run directory ----------------------------------------------------------
 HIDDEN = True if RANK > 0 else None  # progress bars; None: where there is no terminal
+SHOWN = 16  # images in a grid
 
 
 def gather(x):
@@ -691,6 +758,13 @@ def say(text):
         tqdm.write(text.encode(encoding, "replace").decode(encoding))
 
 
+def to_bytes(save, *options):
+    """What save(file, *options) writes."""
+    buffer = io.BytesIO()
+    save(buffer, *options)
+    return buffer.getvalue()
+
+
 def write_file(path, data):
     """Write bytes under another name, then rename: whoever reads `path` finds it whole."""
     if RANK == 0:
@@ -698,18 +772,23 @@ def write_file(path, data):
         os.replace(f"{path}.tmp", path)
 
 
-# The state of a run. rows: those of metrics.jsonl, the first the base model's.
-Run = namedtuple("Run", "config model optimizer scaler prompts rows dir")
+# The state of a run. rows: those of metrics.jsonl, the first the base model's. given: its prompts
+# and the text of its rewards' files.
+Run = namedtuple("Run", "config model optimizer scaler given rows dir")
 
 
-def open_run(config, model, prompts):
+def open_run(config, model, rewards, prompts):
     """Claim --out, for a new run or for the one to resume. Raises UserError."""
+    given = {"prompts": json.dumps(prompts), "lines": [len(part) for part in prompts]}
+    for reward in rewards:
+        with contextlib.suppress(TypeError, OSError):  # not of a file
+            given[reward.name] = inspect.getsource(inspect.getmodule(reward.function))
     theta = model.lora.adapters["theta"]
     optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     # It has a scale from its first use on, and a process may have no pair in a step.
     scaler.scale(torch.zeros((), device=model.device))
-    run = Run(config, model, optimizer, scaler, prompts, [], Path(config.out))
+    run = Run(config, model, optimizer, scaler, given, [], Path(config.out))
     if config.resume and os.path.exists(run.dir / "checkpoint.pt"):
         restore(run, run.dir / "checkpoint.pt")
     elif not config.resume and RANK == 0 and os.path.exists(run.dir / "config.json"):
@@ -718,6 +797,7 @@ def open_run(config, model, prompts):
         (run.dir / "samples").mkdir(parents=True, exist_ok=True)
         settings = json.dumps(vars(config), indent=1, default=str)
         write_file(run.dir / "config.json", settings.encode())
+        write_card(run, prompts[1])
     return run
 
 
@@ -733,12 +813,62 @@ def restore(run, file):
         if state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         run.rows.extend(state["rows"])
-    if state["prompts"] != run.prompts:
+    if state["given"]["lines"] != run.given["lines"]:
         files = f"--prompts {run.config.prompts} or --eval-prompts {run.config.eval_prompts}"
-        raise UserError(f"{files}: must be as when the run began; bring them back")
+        raise UserError(f"{files}: must have as many prompts as before; bring them back")
+    for name in run.given.keys() & state["given"].keys():
+        if run.given[name] != state["given"][name]:
+            say(f"{name}: the file was edited since the run began")
     done = len(run.rows) - 1
     if done > run.config.iterations:
         raise UserError(f"--iterations {run.config.iterations}: {done} are done; give more")
+
+
+def write_card(run, held_out):
+    """DIR/README.md, whose code paints the first held-out prompt, and DIR/scheduler/."""
+    config, model, pipe = run.config, run.model, run.model.pipe
+    base = MODELS.get(config.model, config.model)
+    off = {name: None for name, kind in pipe.config.items() if kind == (None, None)}
+    call = model.call | {"num_inference_steps": model.eval_steps}
+    draws = ""
+    if model.draws and not hasattr(pipe, "prepare_extra_step_kwargs"):
+        # This pipeline does not hand its generators on.
+        draws = "step = pipe.scheduler.step\npipe.scheduler.step = "
+        draws += "lambda *args, **more: step(*args, generator=noise, **more)\n"
+    shown = "\n".join(f"{n}. {prompt}" for n, (prompt, _) in enumerate(held_out[:SHOWN], 1))
+    text = f"""---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, lora, diffusion-nft]
+---
+# {base} after DiffusionNFT
+
+A LoRA, trained on the reward {config.reward} by nft.py, arXiv 2509.16117. Sample it at the guidance
+and by the solver that it was trained with. This paints the first prompt below; it needs peft.
+
+```python
+import diffusers
+import torch
+
+pipe = diffusers.DiffusionPipeline.from_pretrained({locate(base)!r}, dtype={model.dtype}, **{off})
+pipe = pipe.to({str(model.device)!r})
+pipe.load_lora_weights({str(run.dir)!r})
+solver = diffusers.{type(pipe.scheduler).__name__}
+pipe.scheduler = solver.from_pretrained({str(run.dir)!r}, subfolder="scheduler")
+noise = torch.Generator().manual_seed({generator("evaluation", 0).initial_seed()})
+{draws}image = pipe({held_out[0][0]!r}, generator=noise, **{call}).images[0]
+```
+
+Held-out prompts before and after training, from the same noise; in brackets the reward:
+
+![](before_after.png)
+
+{shown}
+"""
+    write_file(run.dir / "README.md", text.encode())
+    if RANK == 0:
+        pipe.scheduler.save_pretrained(run.dir / "scheduler")
 
 
 def save(run):
@@ -757,30 +887,27 @@ def save(run):
     data = safetensors.torch.save(weights, {"format": "pt"})
     write_file(run.dir / "pytorch_lora_weights.safetensors", data)
     # All that --resume needs: random draws have keys, and no state.
-    state = {"rows": run.rows, "prompts": run.prompts, "lora": lora.adapters}
+    state = {"rows": run.rows, "given": run.given, "lora": lora.adapters}
     state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    buffer = io.BytesIO()
-    torch.save(map_tensors(torch.Tensor.detach, state), buffer)
-    write_file(run.dir / "checkpoint.pt", buffer.getvalue())
+    state = map_tensors(torch.Tensor.detach, state)
+    write_file(run.dir / "checkpoint.pt", to_bytes(functools.partial(torch.save, state)))
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------
-SHOWN = 16  # images in a grid
-
-
 def collect(model, rewards, numbered, key, policy):
     """Lines 2 and 3: an image, scored, for each (i, prompt, metadata), from the noise of (*key, i).
 
-    Returns what Model.sample does, but only SHOWN images; prompts; and on the CPU raw (B,),
-    parts {name: (B,)}, laplacian (B,).
+    Returns what Model.sample does, but only SHOWN images; prompts; and on the CPU scores
+    {"reward": (B,), "reward/NAME": (B,), "laplacian": (B,)}.
     """
     size = model.config.batch_size
+    what = "sampling" if policy == "old" else "evaluating"
     batches = []
-    for start in tqdm(range(0, len(numbered), size), "sampling", leave=False, disable=HIDDEN):
+    for start in tqdm(range(0, len(numbered), size), what, leave=False, disable=HIDDEN):
         numbers, prompts, metadata = zip(*numbered[start : start + size], strict=True)
         batch = model.sample(prompts, [(*key, i) for i in numbers], policy)
-        batch["laplacian"] = laplacian(batch["images"])
-        batch["raw"], batch["parts"] = score(rewards, batch["images"], prompts, metadata)
+        batch["scores"] = score(rewards, batch["images"], prompts, metadata)
+        batch["scores"]["laplacian"] = laplacian(batch["images"])
         batch["images"] = batch["images"].cpu()[: max(0, SHOWN - start)]
         batches.append(batch)
     D = map_tensors(lambda *x: torch.cat(x), *batches)
@@ -789,21 +916,22 @@ def collect(model, rewards, numbered, key, policy):
 
 def means(D, prefix=""):
     """Fields of a row, and r_raw (N,), from the scores of all processes."""
-    scores = map_tensors(lambda *x: torch.cat(x), *gather([D["raw"], D["laplacian"], D["parts"]]))
-    raw, rough, parts = scores
-    row = {f"{prefix}reward/{name}": part.mean().item() for name, part in parts.items()}
-    row[f"{prefix}reward"] = raw.mean().item()
-    row[f"{prefix}reward_std"] = raw.std(correction=0).item()
-    row[f"{prefix}laplacian"] = rough.mean().item()
-    return row, raw
+    scores = map_tensors(lambda *x: torch.cat(x), *gather(D["scores"]))
+    row = {f"{prefix}{name}": x.mean().item() for name, x in scores.items()}
+    row[f"{prefix}reward_std"] = scores["reward"].std(correction=0).item()
+    return row, scores["reward"]
 
 
 def evaluate(run, rewards, prompts, iteration):
     """Fields of a row: held-out rewards by the EMA of theta, from the same noise every time."""
-    # Departs from section 4: by the run's own solver and steps, not by 40 first-order ones.
+    # Departs from section 4: by the run's own solver, not by 40 first-order steps.
     numbered = [(i, *prompts[i]) for i in share(len(prompts))]
     D = collect(run.model, rewards, numbered, ("evaluation",), "ema")
-    picture_grid(D["images"], D["prompts"][:SHOWN], run.dir / f"samples/{iteration:06d}.png")
+    when = "after" if iteration else "before"
+    rewards = D["scores"]["reward"].tolist()
+    captions = [f"{when} ({r:.3g}): {p}" for r, p in zip(rewards, D["prompts"], strict=True)]
+    picture = picture_grid(D["images"], captions[:SHOWN])
+    write_file(run.dir / f"samples/{iteration:06d}.png", to_bytes(picture.save, "PNG"))
     row, _ = means(D, "eval_")
     base = run.rows[0] if run.rows else row
     row["roughness"] = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
@@ -902,18 +1030,27 @@ def gradient_step(run, step):
     return norm
 
 
-def conclude(run, held_out):
-    """Draw before_after.png, from the same noise by base and trained model; say where all is."""
-    numbered = [(i, *held_out[i]) for i in range(min(SHOWN, len(held_out)))]
-    images, captions = [], []
-    for policy, when in ((None, "before"), ("ema", "after")):
-        D = collect(run.model, [], numbered, ("evaluation",), policy)
-        images.append(D["images"])
-        captions += [f"{when}: {prompt}" for prompt in D["prompts"]]
-    picture_grid(torch.cat(images), captions, run.dir / "before_after.png")
-    rewards = [row["eval_reward"] for row in run.rows if "eval_reward" in row]
-    use = f'{run.dir}/before_after.png; result: pipe.load_lora_weights("{run.dir}")'
-    say(f"held-out reward {rewards[0]:.3f} -> {rewards[-1]:.3f}; pictures: {use}")
+def conclude(run):
+    """Draw before_after.png, the first evaluation over the last; say where all is."""
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    rows = [row for row in run.rows if "eval_reward" in row]
+    files = [run.dir / f"samples/{row['iteration']:06d}.png" for row in (rows[0], rows[-1])]
+    picture = make_image_grid([Image.open(file) for file in files], rows=2, cols=1)
+    write_file(run.dir / "before_after.png", to_bytes(picture.save, "PNG"))
+    rewards = f"{rows[0]['eval_reward']:.3f} -> {rows[-1]['eval_reward']:.3f}"
+    say(f"held-out reward {rewards}; pictures and how to use it: {run.dir}/README.md")
+
+
+def try_rewards(model, rewards, prompts):
+    """What a reward refuses fails here, before anything is written: its own `check` of all prompts
+    and metadata, where it has one, and a trial image."""
+    for reward in rewards:
+        if hasattr(reward.function, "check"):
+            with blame(f"reward {reward.name}: must accept --prompts and --eval-prompts"):
+                reward.function.check(*map(list, zip(*prompts, strict=True)))
+    collect(model, rewards, [(0, *prompts[0])], ("probe",), "old")
 
 
 @contextlib.contextmanager
@@ -941,16 +1078,15 @@ def train(
     if len(held_out) < WORLD:
         raise UserError(f"--eval-prompts: must be {WORLD} or more, one a process; give more")
     # A reward's file is run once for both flags.
-    files = {}
-    rewards = load_rewards(config.reward, "--reward", files)
+    modules = {}
+    rewards = load_rewards(config.reward, "--reward", modules)
     if not rewards:
         raise UserError("--reward: must name one; try jpeg")
-    watched = load_rewards(config.watch, "--watch", files)
+    watched = load_rewards(config.watch, "--watch", modules)
     watched = rewards + [reward._replace(weight=0.0) for reward in watched]
     model = make_model(config)
-    # A trial image: a faulty reward fails before anything is written.
-    collect(model, watched, [(0, *prompts[0])], ("probe",), "old")
-    run = open_run(config, model, json.dumps([prompts, held_out]))
+    try_rewards(model, watched, prompts + held_out)
+    run = open_run(config, model, watched, [prompts, held_out])
     K = config.group_size
     N = config.groups * K
     mine = share(N)
@@ -964,7 +1100,8 @@ def train(
             save(run)
         saved = run.rows[-1]["iteration"]
         ahead = range(saved + 1, config.iterations + 1)
-        for iteration in tqdm(ahead, "train", position=1, disable=HIDDEN):  # line 1
+        bar = tqdm(ahead, "train", position=1, disable=HIDDEN)
+        for iteration in bar:  # line 1
             # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3).
             drawn = draw_prompts(prompts, iteration, config)
             numbered = [(i, *drawn[i // K]) for i in mine]
@@ -999,8 +1136,14 @@ def train(
             if last or iteration % config.save_every == 0:
                 save(run)
                 saved = iteration
+            # Where r does not spread, the iteration taught nothing.
+            progress = f"reward {row['reward']:.3f}, r 0.5 +- {row['r_std']:.3f}"
+            bar.set_postfix_str(progress)
+            if bar.disable:
+                left = (config.iterations / iteration - 1) * run.rows[-1]["seconds"]
+                say(f"iteration {iteration:4d}   {progress}, {left / 60:.0f} minutes left")
         if RANK == 0:
-            conclude(run, held_out)
+            conclude(run)
     except (Exception, KeyboardInterrupt) as error:
         mend = f"iteration {saved} is saved, go on with: python nft.py --out {run.dir} --resume"
         failure = UserError(f"{reason(error)} in iteration {len(run.rows)}; {mend}")
@@ -1063,7 +1206,8 @@ def configure(**given):
         config = Config(**(defaults | given))
     check(config)
     name = os.path.basename(os.path.abspath(config.model))
-    config.out = config.out or gather(time.strftime(f"runs/{name}-%m%d-%H%M%S"))[0]
+    # The process's number keeps two runs apart that start at once.
+    config.out = config.out or gather(time.strftime(f"runs/{name}-%m%d-%H%M%S-{os.getpid()}"))[0]
     return config
 
 
@@ -1073,7 +1217,11 @@ def parse(argv=None):
     def refuse(message):
         raise UserError(f"{message}; see python nft.py --help")
 
-    parser = argparse.ArgumentParser(epilog=f"Presets change: {PRESETS}", allow_abbrev=False)
+    text = f"{__doc__.splitlines()[0]}\n\nIn brackets the defaults, which a preset changes:\n"
+    for name, preset in PRESETS.items():
+        text += f"\n  {name:10}" + " ".join(f"{FLAGS[key]} {preset[key]}" for key in preset)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=form, allow_abbrev=False)
     parser.error = refuse
     for name, field in FIELDS.items():
         kind = {"type": field.type, "choices": field.metadata["choices"]}

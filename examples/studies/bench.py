@@ -160,7 +160,7 @@ def rollout(loop, rewards, prompts):
     config = loop.config
     D = collect(loop.model, rewards, prompts, (config.seed, 1))
     groups = torch.arange(len(prompts)) // config.group_size
-    r = nft.optimality_reward(D["raw"], groups, config.z)
+    r = nft.optimality_reward(D["scores"]["reward"], groups, config.z)
     D["r"] = r.to(loop.model.device)
     return D
 

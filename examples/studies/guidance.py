@@ -32,7 +32,7 @@ def held_out_reward(folder, scale):
     found = []
     for policy in (None, "ema"):
         D = nft.collect(model, rewards, numbered, ("evaluation",), policy)
-        found.append(D["raw"].mean().item())
+        found.append(D["scores"]["reward"].mean().item())
     return found
 
 

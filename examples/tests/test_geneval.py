@@ -772,8 +772,8 @@ def test_end_to_end(models):
         nft.Reward("partial", 1.0, geneval.reward),
         nft.Reward("strict", 1.0, geneval.strict),
     ]
-    _, parts = nft.score(rewards, torch.stack(images), prompts, metadata)
-    found = torch.stack([parts["partial"], parts["strict"]], 1)
+    scores = nft.score(rewards, torch.stack(images), prompts, metadata)
+    found = torch.stack([scores["reward/partial"], scores["reward/strict"]], 1)
     assert_close(found, torch.tensor(expected))
     # The comparison says something
     assert 0 < found[:, 1].sum() < 6

@@ -43,10 +43,12 @@ def load(reward):
 
 
 def score(rewards, prompts=PROMPTS, images=IMAGES, metadata=None):
-    """What `nft.score` gives for a batch: (raw, parts)."""
+    """What `nft.score` gives for a batch: r_raw, and its parts by the rewards' names."""
     if metadata is None:
         metadata = [{} for _ in prompts]
-    return nft.score(rewards, images, prompts, metadata)
+    scores = nft.score(rewards, images, prompts, metadata)
+    raw = scores.pop("reward")
+    return raw, {name.removeprefix("reward/"): part for name, part in scores.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -370,10 +372,10 @@ def test_scores_stay_with_their_images():
     assert D["prompts"] == [str(i) for i in range(37)]
     assert_close(D["x_0"][:, 0, 0, 0], grey)
     assert_close(D["condition"]["text"], torch.arange(37.0))
-    assert_close(D["parts"]["grey"], grey)
-    assert_close(D["raw"], 2 * grey)
+    assert_close(D["scores"]["reward/grey"], grey)
+    assert_close(D["scores"]["reward"], 2 * grey)
     assert_close(D["images"][:, 0, 0, 0], grey[:16])
-    assert D["laplacian"].shape == (37,)
+    assert D["scores"]["laplacian"].shape == (37,)
 
 
 # ---- What the rewards measure --------------------------------------------------------------------

@@ -64,8 +64,7 @@ def scores(module, images, prompts):
     rewards = [nft.Reward("one", 1.0, module.reward)]
     found = []
     for image, prompt in zip(images, prompts, strict=True):
-        raw, _ = nft.score(rewards, image[None], [prompt], [{}])
-        found.append(raw)
+        found.append(nft.score(rewards, image[None], [prompt], [{}])["reward"])
     return torch.cat(found)
 
 
