@@ -33,6 +33,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -353,8 +354,17 @@ def load_pipeline(config, dtype):
             off["variant"] = "fp16"
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
     pipe.set_progress_bar_config(disable=True)
-    # From here on it is heard: of prompts that are cut, for one.
+    # From here on it is heard, once for each place in its code: of prompts that are cut, for one.
     diffusers.utils.logging.set_verbosity_warning()
+    places = set()
+
+    def is_new(record):
+        place = (record.pathname, record.lineno)
+        new = place not in places
+        places.add(place)
+        return new
+
+    logging.getLogger("diffusers").handlers[0].addFilter(is_new)
     return pipe
 
 
@@ -663,9 +673,10 @@ def load_prompts(path, flag):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
     rule = f"{flag} {path}: must be a .txt of a prompt a line, or a .jsonl of an object a line"
     mend = 'convert it to {"prompt": "...", other keys} a line, in UTF-8'
-    kind = Path(path).suffix.lower()
+    file = Path(locate(path))
     with blame(rule, mend):
-        text = Path(locate(path)).read_text("utf-8-sig")
+        kind = file.resolve().suffix.lower()
+        text = file.read_text("utf-8-sig")
         rows = [{"prompt": line} for line in text.split("\n") if line.strip()]
         if kind == ".jsonl":
             rows = [json.loads(row["prompt"]) for row in rows]
@@ -693,9 +704,6 @@ def load_prompt_sets(config):
         chosen = random.Random(config.seed).sample(list(distinct), min(64, len(distinct) // 10))
         held_out = [(prompt, distinct[prompt]) for prompt in chosen] or prompts
         prompts = [pair for pair in prompts if pair[0] not in chosen]
-    both = {prompt for prompt, _ in prompts} & {prompt for prompt, _ in held_out}
-    warning = f"; {len(both)} of them are trained on, so they are not held out" if both else ""
-    say(f"{len(prompts)} prompts to train on, {len(held_out)} to evaluate on{warning}")
     return prompts, held_out
 
 
@@ -779,7 +787,8 @@ Run = namedtuple("Run", "config model optimizer scaler given rows dir")
 
 def open_run(config, model, rewards, prompts):
     """Claim --out, for a new run or for the one to resume. Raises UserError."""
-    given = {"prompts": json.dumps(prompts), "lines": [len(part) for part in prompts]}
+    trained, held_out = prompts
+    given = {"prompts": [json.dumps(row) for row in trained + held_out]}
     for reward in rewards:
         with contextlib.suppress(TypeError, OSError):  # not of a file
             given[reward.name] = inspect.getsource(inspect.getmodule(reward.function))
@@ -797,7 +806,10 @@ def open_run(config, model, rewards, prompts):
         (run.dir / "samples").mkdir(parents=True, exist_ok=True)
         settings = json.dumps(vars(config), indent=1, default=str)
         write_file(run.dir / "config.json", settings.encode())
-        write_card(run, prompts[1])
+        write_card(run, held_out)
+    both = {prompt for prompt, _ in trained} & {prompt for prompt, _ in held_out}
+    warning = f"; {len(both)} of these are trained on, so they are not held out" if both else ""
+    say(f"{len(trained)} prompts to train on, {len(held_out)} to evaluate on{warning}")
     return run
 
 
@@ -813,12 +825,15 @@ def restore(run, file):
         if state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         run.rows.extend(state["rows"])
-    if state["given"]["lines"] != run.given["lines"]:
+        before = state["given"]
+    # Mended lines may go on, another file may not.
+    changed = sum(x != y for x, y in zip(before["prompts"], run.given["prompts"], strict=False))
+    if len(before["prompts"]) != len(run.given["prompts"]) or 2 * changed > len(before["prompts"]):
         files = f"--prompts {run.config.prompts} or --eval-prompts {run.config.eval_prompts}"
-        raise UserError(f"{files}: must have as many prompts as before; bring them back")
-    for name in run.given.keys() & state["given"].keys():
-        if run.given[name] != state["given"][name]:
-            say(f"{name}: the file was edited since the run began")
+        raise UserError(f"{files}: must be as when the run began; bring them back")
+    for name in run.given.keys() & before.keys():
+        if run.given[name] != before[name]:
+            say(f"{name}: edited since the run began")
     done = len(run.rows) - 1
     if done > run.config.iterations:
         raise UserError(f"--iterations {run.config.iterations}: {done} are done; give more")

@@ -229,10 +229,10 @@ BAD_SYNTAX = [
 # (function of REWARDS, what the message says).
 BAD_REWARDS = [
     ("none", ["one finite number an image"]),
-    ("empty", ["a red circle"]),
-    ("long", ["a red circle"]),
+    ("empty", ["(0,) of 1"]),
+    ("long", ["(2,) of 1"]),
     ("matrix", ["one finite number an image"]),
-    ("scalar", ["a red circle"]),
+    ("scalar", ["() of 1"]),
     ("strings", ["one finite number an image"]),
     ("table", ["one finite number an image"]),
     ("infinite", ["inf", "a red circle"]),

@@ -131,11 +131,11 @@ def test_prompts_trained_on_and_evaluated_on_are_told(tmp_path, capsys):
     """One line says how many there are of each, and warns where they overlap."""
     (tmp_path / "a.txt").write_text("\n".join(f"picture {i}" for i in range(50)))
     (tmp_path / "b.txt").write_text("picture 3\nanother\n")
-    nft.load_prompt_sets(nft.configure(model="x", prompts=tmp_path / "a.txt"))
-    assert "45 prompts to train on, 5 to evaluate on" in capsys.readouterr().out
-    both = nft.configure(model="x", prompts=tmp_path / "a.txt", eval_prompts=tmp_path / "b.txt")
-    nft.load_prompt_sets(both)
-    assert "; 1 of them are trained on" in capsys.readouterr().out
+    given = {"prompts": tmp_path / "a.txt", "iterations": 1}
+    run("sd15", tmp_path / "one", eval_prompts=None, **given)
+    assert "45 prompts to train on, 5 to evaluate on\n" in capsys.readouterr().out
+    run("sd15", tmp_path / "two", eval_prompts=tmp_path / "b.txt", **given)
+    assert "50 prompts to train on, 2 to evaluate on; 1 of these" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.csv", "p.tsv", "p", "list.txt"])
@@ -270,8 +270,8 @@ def test_mended_lines_and_edited_rewards_go_on_and_are_told(kennels, capsys):
     (kennels / "r.py").write_text(CHECKED + "\n# another\n")
     run("sd15", "run", resume=True, iterations=4, **given)
     said = capsys.readouterr().out
-    assert "prompts: the file was edited" in said
-    assert "r:score: the file was edited" in said
+    assert "prompts: edited since" in said
+    assert "r:score: edited since" in said
     assert checkpoint("run")["rows"][-1]["iteration"] == 4
     (kennels / "p.txt").write_text("a cat\n")
     run("sd15", "run", status=2, resume=True, iterations=5, **given)
