@@ -12,6 +12,8 @@ where the code differs from it; README.md lists these places.
     symbol    here           meaning
     x_0       x_0            a clean sample: the pipeline's final latents
     x_t       x_t            alpha_t x_0 + sigma_t eps, with eps ~ N(0, I): the forward process
+    t         t              in the denoiser's own unit: 0 to 999 for SD and SD3, 0 to 1 for FLUX
+    c         prompt, condition  the prompt, and what the denoiser is given of it
     v_theta   out_theta      the trained denoiser's output (of any prediction); x0_theta as sample
     v_old     out_old        the sampling policy, which follows theta slowly; x0_old as sample
     v_ref     out_ref        the model before training: its adapter is off
@@ -20,7 +22,7 @@ where the code differs from it; README.md lists these places.
     beta      beta           how far the implicit policies lie from v_old, Eq. (5)
     eta_i     eta            share of theta_old that stays after iteration i, Algorithm 1 line 14
     Z_c, K    z, group_size  Z_c = z * std of the rewards; K images a prompt
-    D         D              an iteration's images with their r, Algorithm 1 lines 6 to 14
+    D         D              an iteration's images and, from line 6 on, their r
 
 SPDX-License-Identifier: MIT
 """
@@ -68,11 +70,12 @@ def reason(error):
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
+    if len(text) > 400:
+        # Libraries are plain at the start or at the end.
+        text = f"{text[:150]} ... {text[-250:]}"
+    text = f"{type(error).__name__}: {text}"
     ours = reason.__code__.co_filename
-    frames = traceback.extract_tb(error.__traceback__)
-    # The end, where libraries are plain.
-    text = f"{type(error).__name__}: {text[-300:]}"
-    for frame in reversed(frames):
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith((ours, sys.prefix, sys.base_prefix, "<")):
             return f"{text} at {frame.filename}:{frame.lineno}"
     return text
@@ -102,9 +105,7 @@ class Config:
     reward: str = flag("aesthetic", "NAME, NAME=W,NAME=W, FILE.py:FUNCTION or package:FUNCTION")
     watch: str = flag("", "same form as --reward: logged at evaluation, never trained on")
     prompts: str = flag("", ".txt (one a line) or .jsonl (`prompt`, metadata); empty: animals")
-    eval_prompts: str = flag(
-        "", "held-out prompts; empty: a tenth of --prompts, or all of under 10"
-    )
+    eval_prompts: str = flag("", "held-out prompts; empty: a tenth of --prompts, at most 64")
     out: str = flag("", "run directory; empty: a new one under runs/")
     resume: bool = flag(False, "go on with the run in --out")
     iterations: int = flag(100, "iterations i of Algorithm 1", low=1)
@@ -119,11 +120,11 @@ class Config:
     kl: float = flag(1e-4, "weight of the squared distance to the base model's output", low=0)
     eta: str = flag("0,0.001,0.5", "soft update eta_i: a constant, or START,SLOPE,MAX")
     z: float = flag(5.0, "Z_c = z * std of the rewards: smaller spreads r more", low=1e-9)
-    ema: float = flag(0.9, "decay of the average of theta that is evaluated and saved", 0, 1)
+    ema: float = flag(0.9, "decay of the average of theta that is evaluated, saved", low=0, high=1)
     rank: int = flag(32, "LoRA rank; alpha is twice the rank", low=1, high=4097)
     solver: str = flag("", "dpm2, euler ... or a class of diffusers; empty: the pipeline's own")
     steps: int = flag(10, "sampling steps of the rollouts", low=1)
-    eval_steps: int = flag(0, "of evaluation, whose noise levels are trained; 0: --steps", low=0)
+    eval_steps: int = flag(0, "of evaluation, whose times are trained; 0: as --steps", low=0)
     guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", low=1)
     resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", low=0)
     max_sequence_length: int = flag(0, "text tokens, if a pipeline takes it; 0: its own", low=0)
@@ -131,8 +132,8 @@ class Config:
     checkpointing: bool = flag(False, "recompute activations: less memory, slower")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = flag(0, "fixes prompts, noise and the adapter's start")
-    eval_every: int = flag(10, "iterations between evaluations; the first is before training", 1)
-    save_every: int = flag(1, "iterations between saves to the disk: what a failure can lose", 1)
+    eval_every: int = flag(10, "iterations between evaluations, from iteration 0 on", low=1)
+    save_every: int = flag(1, "iterations between saves: what a failure can lose", low=1)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -188,14 +189,16 @@ def optimality_reward(raw, groups, z=5.0):
     raw: (B,) finite rewards of any unit. groups: (B,) integers, equal for images of one prompt.
     Z_c = z * (population std of all B rewards + 1e-4). Raises ValueError where one is not finite.
     """
-    # In double precision the mean of equal rewards is exactly theirs, and r exactly 1/2.
+    # In double precision equal rewards have their own mean to the last digit: r is exactly 1/2.
     raw = torch.as_tensor(raw, dtype=torch.float64)
     groups = torch.as_tensor(groups, device=raw.device)
     if not raw.isfinite().all():
         raise ValueError("a reward is not finite")
+    # Line 4, ...
     mean = torch.stack([raw[groups == group].mean() for group in groups])
     # Departs from section 3.3, as the released code: Z_c is the spread of the whole iteration.
     Z_c = z * (raw.std(correction=0) + 1e-4)
+    # ... and line 5.
     return (0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)).float()
 
 
@@ -210,7 +213,8 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
 
     x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and the old policy;
     no gradient flows into the latter. x_0: (B, ...), the sampled images. r: (B,), in [0, 1].
-    With squared distances the optimum is v_old + (2 / beta) Delta, Eq. (6), with Eq. (4)'s Delta.
+    With squared distances the optimum is v_old + (2 / beta) Delta, Eq. (6), with Eq. (4)'s Delta:
+    Eq. (3)'s v_old + Delta / beta, twice as far.
     """
     x0_old = x0_old.detach()
     # The paper mixes velocities:
@@ -221,8 +225,8 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
     x0_positive = (1 - beta) * x0_old + beta * x0_theta
     x0_negative = (1 + beta) * x0_old - beta * x0_theta
     loss = r * distance(x0_positive, x_0) + (1 - r) * distance(x0_negative, x_0)
-    # Departs from Eq. (5), as the released code but for its factor 5: divided by beta, so that
-    # beta moves the optimum and not the size of the gradient.
+    # Departs from Eq. (5), as the released code, whose further factor of 5 is left out: divided by
+    # beta, so that beta moves the optimum and not the size of the gradient.
     return loss / beta
 
 
@@ -243,6 +247,7 @@ def soft_update_decay(i, schedule="0,0.001,0.5"):
 
 
 # ---- LoRA: theta, old, EMA and reference share one frozen base ---------------------------------
+SCALE = 2  # alpha / rank
 TARGETS = re.compile(r"\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)$")
 
 
@@ -252,7 +257,7 @@ def generator(*key):
 
 
 class LoRA:
-    """Adapters on the attention projections of `net`, by hooks: a layer computes W x + 2 B A x.
+    """Adapters on the attention projections of `net`, by hooks: W x becomes W x + SCALE B A x.
 
     `active` names the one in use: "theta", "old", "ema", or None for the base model, v_ref. Each is
     a list of fp32 tensors [A_0, B_0, A_1, B_1, ...], A: (rank, in), B: (out, rank).
@@ -266,7 +271,7 @@ class LoRA:
         noise = generator(seed, "lora")
         for name, layer in net.named_modules():
             if isinstance(layer, torch.nn.Linear) and TARGETS.search(name):
-                # peft's "gaussian" start. B = 0: theta = old = base, before line 1.
+                # peft's "gaussian" start, and B = 0: theta = old = base, as before line 1.
                 A = torch.randn(rank, layer.in_features, generator=noise) / rank
                 start += [A, torch.zeros(layer.out_features, rank)]
                 layer.register_forward_hook(functools.partial(self.add_adapter, len(self.layers)))
@@ -278,11 +283,11 @@ class LoRA:
             x.requires_grad_()
 
     def add_adapter(self, i, layer, args, out):
-        """The hook of layer i: out + 2 B A x, in the base's precision."""
+        """The hook of layer i: out + SCALE B A x, in the base's precision."""
         if self.active is None:
             return out
         A, B = self.adapters[self.active][2 * i : 2 * i + 2]
-        return out + F.linear(F.linear(args[0], A.to(out.dtype)), 2 * B.to(out.dtype))
+        return out + F.linear(F.linear(args[0], A.to(out.dtype)), SCALE * B.to(out.dtype))
 
     @torch.no_grad()
     def average(self, name, decay):
@@ -332,8 +337,20 @@ def map_tensors(f, *trees):
     return tree_map(lambda x, *others: f(x, *others) if torch.is_tensor(x) else x, *trees)
 
 
+HEARD = set()
+
+
+def is_new(record):
+    """Is this the first record of the log from its line of code?"""
+    place = (record.pathname, record.lineno)
+    new = place not in HEARD
+    HEARD.add(place)
+    return new
+
+
 def load_pipeline(config, dtype):
-    """The pipeline of --model, without its safety checker, which would black images out."""
+    """The pipeline of --model, and the options that it was loaded with: without its safety checker,
+    which would black images out. Raises UserError."""
     import diffusers
     import transformers
 
@@ -354,18 +371,11 @@ def load_pipeline(config, dtype):
             off["variant"] = "fp16"
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
     pipe.set_progress_bar_config(disable=True)
-    # From here on it is heard, once for each place in its code: of prompts that are cut, for one.
+    # From here on its own warnings are printed, each once: of prompts that are cut, for one.
     diffusers.utils.logging.set_verbosity_warning()
-    places = set()
-
-    def is_new(record):
-        place = (record.pathname, record.lineno)
-        new = place not in places
-        places.add(place)
-        return new
-
+    HEARD.clear()
     logging.getLogger("diffusers").handlers[0].addFilter(is_new)
-    return pipe
+    return pipe, off
 
 
 def is_flow(scheduler):
@@ -398,6 +408,7 @@ def pick_solver(name, scheduler):
 
 def solver_level(scheduler, t):
     """alpha_t, sigma_t (2, 1) of what the denoiser is given at a step, as the solver has them."""
+    # Row 0 has x_0 = 1 and eps = 0, row 1 the reverse: so x_t is [alpha_t, sigma_t].
     x_0 = torch.tensor([[1.0], [0.0]])
     if hasattr(scheduler, "scale_noise"):
         x_t = scheduler.scale_noise(x_0, t.reshape(1).cpu(), 1 - x_0)
@@ -420,7 +431,8 @@ class Model:
     def __init__(self, config):
         self.config = config
         self.device, self.dtype = pick_device(config)
-        self.pipe = load_pipeline(config, self.dtype).to(self.device)
+        self.pipe, self.options = load_pipeline(config, self.dtype)
+        self.pipe.to(self.device)
         self.component = "unet" if hasattr(self.pipe, "unet") else "transformer"
         self.net = getattr(self.pipe, self.component, None)
         scheduler = self.pipe.scheduler
@@ -439,11 +451,15 @@ class Model:
         if config.solver:
             self.pipe.scheduler = pick_solver(config.solver, scheduler)
         self.eval_steps = config.eval_steps or config.steps
-        self.call = {"guidance_scale": config.guidance}
+        self.settings = {"guidance_scale": config.guidance}
         if config.resolution:
-            self.call |= dict(height=config.resolution, width=config.resolution)
+            self.settings |= dict(height=config.resolution, width=config.resolution)
         if config.max_sequence_length:
-            self.call["max_sequence_length"] = config.max_sequence_length
+            self.settings["max_sequence_length"] = config.max_sequence_length
+        # What `sample` hears of the denoiser and of the solver.
+        self.calls, self.steps = [], []
+        # The denoiser's arguments without a row an image: see `probe`.
+        self.shared = {}
         self.lora = LoRA(self.net, config.rank, config.seed)
         if not self.lora.layers:
             self.refuse("must have attention projections in its denoiser")
@@ -455,29 +471,30 @@ class Model:
         raise UserError(f"--model {self.config.model}: {rule}; take another text-to-image pipeline")
 
     @torch.no_grad()
-    def sample(self, prompts, seeds, policy):
-        """The pipeline's own picture of each prompt, from the noise of its key in `seeds`.
+    def sample(self, prompts, keys, policy):
+        """The pipeline's own picture of each prompt, from the noise of its key.
 
-        policy: "theta", "old", "ema", or None for the base model. Returns x_0: latents (B, ...) in
-        fp32; images: (B, 3, H, W) in [0, 1]; condition: the denoiser's arguments with a row each.
+        policy: "old" samples in --steps; "theta", "ema" and None, the base, in --eval-steps.
+        Returns x_0: latents (B, ...), fp32; images: (B, 3, H, W) in [0, 1]; condition: the
+        denoiser's arguments with a row an image.
         """
-        generators = [generator(*seed) for seed in seeds]
+        generators = [generator(*key) for key in keys]
         steps = self.config.steps if policy == "old" else self.eval_steps
-        call = self.call | {"generator": generators, "num_inference_steps": steps}
+        settings = self.settings | {"generator": generators, "num_inference_steps": steps}
         solver_step = self.pipe.scheduler.step
-        self.draws = "generator" in inspect.signature(solver_step).parameters
-        self.heard, self.steps = [], []
+        draws = "generator" in inspect.signature(solver_step).parameters
+        self.calls, self.steps = [], []
 
         def hear_denoiser(net, args, kwargs, out):
             given = dict(self.signature.bind(*args, **kwargs).arguments)
             channels = given.pop(self.input).shape[1]
             t = torch.as_tensor(given.pop("timestep")).flatten()[:1].cpu()
             # A learned variance would come after the sample's channels.
-            self.heard.append(Call(t, given, out[0][:, :channels]))
+            self.calls.append(Call(t, given, out[0][:, :channels]))
 
         @functools.wraps(solver_step)  # pipelines look at its signature
         def hear_solver(out, t, *args, **kwargs):
-            if self.draws:
+            if draws:
                 # SD3 and FLUX do not hand their generators on.
                 kwargs.setdefault("generator", generators)
             level = solver_level(self.pipe.scheduler, t)
@@ -489,7 +506,7 @@ class Model:
         hook = self.net.register_forward_hook(hear_denoiser, with_kwargs=True)
         self.pipe.scheduler.step = hear_solver
         try:
-            images = self.pipe(list(prompts), output_type="pt", **call).images
+            images = self.pipe(list(prompts), output_type="pt", **settings).images
         finally:
             del self.pipe.scheduler.step
             hook.remove()
@@ -497,15 +514,14 @@ class Model:
         x_0 = self.steps[-1].sample.float()
         if not (x_0.isfinite().all() and images.isfinite().all()):
             raise UserError("a sample is not finite; try --precision bf16, or a smaller --lr")
-        arguments = {k: v for k, v in self.heard[0].arguments.items() if k not in self.shared}
+        arguments = {k: v for k, v in self.calls[0].arguments.items() if k not in self.shared}
         # With guidance the batch is [unconditional, conditional]: we train the latter.
         condition = map_tensors(lambda x: x[-len(prompts) :], arguments)
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
     def probe(self):
-        """Sample once, to learn `times`, those of the solver in the denoiser's unit; `time_scale`,
-        this unit over the solver's; `shared`, the denoiser's arguments without a row an image."""
-        self.shared = {}
+        """Sample once, and set self.times (S,), those of evaluation in the denoiser's unit;
+        self.time_scale, this unit over the solver's; self.shared. Raises UserError."""
         names = ("model", "solver", "steps", "eval_steps", "guidance", "resolution")
         settings = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
         with blame(f"{settings}: must fit each other, and text to image", "change one of them"):
@@ -513,16 +529,22 @@ class Model:
         size = self.config.resolution
         if shape != [3, size or shape[1], size or shape[2]]:
             self.refuse(f"must paint red, green, blue of --resolution {size}, not {shape}")
-        times = torch.cat([call.t for call in self.heard])
+        times = torch.cat([call.t for call in self.calls])
         self.times = times.unique()
         self.time_scale = times[0].item() / (self.steps[0].t or 1)
-        first = self.heard[0]
+        first = self.calls[0]
         for name, value in first.arguments.items():
             tensors = filter(torch.is_tensor, tree_leaves(value))
-            if any(x.shape[:1] != first.out.shape[:1] for x in tensors):
+            rows = [x.shape[:1] == first.out.shape[:1] for x in tensors]
+            if any(rows) and not all(rows):
+                self.refuse(f"its denoiser's {name} must have a row an image throughout")
+            if not all(rows):
                 self.shared[name] = map_tensors(torch.clone, value)
-        # The last row: with guidance the conditional one.
-        if (self.heard[-1].out[-1].float() * self.steps[-1].out[-1].float()).sum() <= 0:
+        if self.config.guidance > 1 and len(self.calls) != len(self.steps):
+            self.refuse("must guide in one call of its denoiser a step")
+        # Some negate its output, which predict_x0 would take for the other velocity. The last row
+        # is, with guidance, the conditional one.
+        if (self.calls[-1].out[-1].float() * self.steps[-1].out[-1].float()).sum() <= 0:
             self.refuse("its solver must be given the denoiser's output with its own sign")
         with blame(f"{settings}: times must be those of the model's training", "change one"):
             # A pipeline may call its denoiser several times a step.
@@ -608,8 +630,9 @@ def load_module(path, modules):
             loaded = getattr(sys.modules.get(beside.stem), "__file__", str(beside))
             if loaded != str(beside) and beside.stem not in {*sys.stdlib_module_names, __name__}:
                 del sys.modules[beside.stem]
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        modules[file] = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        name = f"nft_{file.stem}" if file.stem in sys.stdlib_module_names else file.stem
+        spec = importlib.util.spec_from_file_location(name, file)
+        modules[file] = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(modules[file])
     return modules[file]
 
@@ -640,6 +663,8 @@ def load_rewards(spec, flag, modules=None):
         if ":" in label and [file.stem for file in modules].count(stem) < 2:
             label = f"{stem}:{name}"
         rewards.append(Reward(label, float(weight or 1), function))
+    if not rewards and flag == "--reward":
+        raise UserError("--reward: must name one; try jpeg")
     return rewards
 
 
@@ -675,7 +700,7 @@ def load_prompts(path, flag):
     mend = 'convert it to {"prompt": "...", other keys} a line, in UTF-8'
     file = Path(locate(path))
     with blame(rule, mend):
-        kind = file.resolve().suffix.lower()
+        kind = (file.suffix or file.resolve().suffix).lower()
         text = file.read_text("utf-8-sig")
         rows = [{"prompt": line} for line in text.split("\n") if line.strip()]
         if kind == ".jsonl":
@@ -704,16 +729,19 @@ def load_prompt_sets(config):
         chosen = random.Random(config.seed).sample(list(distinct), min(64, len(distinct) // 10))
         held_out = [(prompt, distinct[prompt]) for prompt in chosen] or prompts
         prompts = [pair for pair in prompts if pair[0] not in chosen]
+    if len(held_out) < WORLD:
+        raise UserError(f"--eval-prompts: must be {WORLD} or more, one a process; give more")
     return prompts, held_out
 
 
 def draw_prompts(prompts, iteration, config):
     """The next `groups` prompts of a deck that is shuffled anew each time it is used up."""
+    n = len(prompts)
+    first = (iteration - 1) * config.groups
     drawn = []
-    for k in range((iteration - 1) * config.groups, iteration * config.groups):
-        deck, card = divmod(k, len(prompts))
-        drawn.append(random.Random(f"{config.seed} {deck}").sample(prompts, len(prompts))[card])
-    return drawn
+    for deck in range(first // n, (first + config.groups - 1) // n + 1):
+        drawn += random.Random(f"{config.seed} {deck}").sample(prompts, n)
+    return drawn[first % n : first % n + config.groups]
 
 
 def laplacian(images):
@@ -723,7 +751,7 @@ def laplacian(images):
 
 
 def picture_grid(images, captions):
-    """A picture of images (N, 3, H, W), eight a row, enlarged where they are small, captioned."""
+    """A picture of images (N, 3, H, W), 96 or 256 pixels high and eight a row, over captions."""
     from PIL import Image, ImageDraw
 
     height = 96 if images.shape[2] < 96 else 256
@@ -742,8 +770,9 @@ def picture_grid(images, captions):
 
 
 # ---- Processes, and the run directory ----------------------------------------------------------
-HIDDEN = True if RANK > 0 else None  # progress bars; None: where there is no terminal
 SHOWN = 16  # images in a grid
+# For tqdm: True hides a bar, None hides it where there is no terminal.
+HIDDEN = True if RANK > 0 else None
 
 
 def gather(x):
@@ -766,46 +795,44 @@ def say(text):
         tqdm.write(text.encode(encoding, "replace").decode(encoding))
 
 
-def to_bytes(save, *options):
-    """What save(file, *options) writes."""
-    buffer = io.BytesIO()
-    save(buffer, *options)
-    return buffer.getvalue()
-
-
-def write_file(path, data):
-    """Write bytes under another name, then rename: whoever reads `path` finds it whole."""
+def write_file(path, write):
+    """Let write(file) write a binary file, then rename it: whoever reads `path` finds it whole."""
     if RANK == 0:
-        Path(f"{path}.tmp").write_bytes(data)
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
         os.replace(f"{path}.tmp", path)
 
 
-# The state of a run. rows: those of metrics.jsonl, the first the base model's. given: its prompts
-# and the text of its rewards' files.
-Run = namedtuple("Run", "config model optimizer scaler given rows dir")
+def write_text(path, text):
+    """As `write_file`, of a text."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+# The state of a run. rows: those of metrics.jsonl, the first the base model's. inputs: its
+# prompts, and the text of its rewards' files.
+Run = namedtuple("Run", "config model optimizer scaler inputs rows dir")
 
 
 def open_run(config, model, rewards, prompts):
     """Claim --out, for a new run or for the one to resume. Raises UserError."""
     trained, held_out = prompts
-    given = {"prompts": [json.dumps(row) for row in trained + held_out]}
+    inputs = {"prompts": [json.dumps(row) for row in trained + held_out]}
     for reward in rewards:
         with contextlib.suppress(TypeError, OSError):  # not of a file
-            given[reward.name] = inspect.getsource(inspect.getmodule(reward.function))
+            inputs[reward.name] = inspect.getsource(inspect.getmodule(reward.function))
     theta = model.lora.adapters["theta"]
     optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
     # It has a scale from its first use on, and a process may have no pair in a step.
     scaler.scale(torch.zeros((), device=model.device))
-    run = Run(config, model, optimizer, scaler, given, [], Path(config.out))
+    run = Run(config, model, optimizer, scaler, inputs, [], Path(config.out))
     if config.resume and os.path.exists(run.dir / "checkpoint.pt"):
         restore(run, run.dir / "checkpoint.pt")
     elif not config.resume and RANK == 0 and os.path.exists(run.dir / "config.json"):
         raise UserError(f"--out {run.dir}: holds a run; add --resume, or take another one")
     with blame(f"--out {run.dir}: must be a directory to write to", "take another one"):
         (run.dir / "samples").mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(vars(config), indent=1, default=str)
-        write_file(run.dir / "config.json", settings.encode())
+        write_text(run.dir / "config.json", json.dumps(vars(config), indent=1, default=str))
         write_card(run, held_out)
     both = {prompt for prompt, _ in trained} & {prompt for prompt, _ in held_out}
     warning = f"; {len(both)} of these are trained on, so they are not held out" if both else ""
@@ -825,14 +852,14 @@ def restore(run, file):
         if state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         run.rows.extend(state["rows"])
-        before = state["given"]
+        before = state["inputs"]
     # Mended lines may go on, another file may not.
-    changed = sum(x != y for x, y in zip(before["prompts"], run.given["prompts"], strict=False))
-    if len(before["prompts"]) != len(run.given["prompts"]) or 2 * changed > len(before["prompts"]):
+    changed = sum(x != y for x, y in zip(before["prompts"], run.inputs["prompts"], strict=False))
+    if len(before["prompts"]) != len(run.inputs["prompts"]) or 2 * changed > len(before["prompts"]):
         files = f"--prompts {run.config.prompts} or --eval-prompts {run.config.eval_prompts}"
         raise UserError(f"{files}: must be as when the run began; bring them back")
-    for name in run.given.keys() & before.keys():
-        if run.given[name] != before[name]:
+    for name in run.inputs.keys() & before.keys():
+        if run.inputs[name] != before[name]:
             say(f"{name}: edited since the run began")
     done = len(run.rows) - 1
     if done > run.config.iterations:
@@ -843,10 +870,12 @@ def write_card(run, held_out):
     """DIR/README.md, whose code paints the first held-out prompt, and DIR/scheduler/."""
     config, model, pipe = run.config, run.model, run.model.pipe
     base = MODELS.get(config.model, config.model)
-    off = {name: None for name, kind in pipe.config.items() if kind == (None, None)}
-    call = model.call | {"num_inference_steps": model.eval_steps}
+    settings = model.settings | {"num_inference_steps": model.eval_steps}
+    known = inspect.signature(type(pipe).__init__).parameters
+    options = {k: x for k, x in model.options.items() if k == "variant" or k in known}
     draws = ""
-    if model.draws and not hasattr(pipe, "prepare_extra_step_kwargs"):
+    takes_generator = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    if takes_generator and not hasattr(pipe, "prepare_extra_step_kwargs"):
         # This pipeline does not hand its generators on.
         draws = "step = pipe.scheduler.step\npipe.scheduler.step = "
         draws += "lambda *args, **more: step(*args, generator=noise, **more)\n"
@@ -866,13 +895,14 @@ and by the solver that it was trained with. This paints the first prompt below; 
 import diffusers
 import torch
 
-pipe = diffusers.DiffusionPipeline.from_pretrained({locate(base)!r}, dtype={model.dtype}, **{off})
-pipe = pipe.to({str(model.device)!r})
+options = {options}
+pipe = diffusers.DiffusionPipeline.from_pretrained({locate(base)!r}, dtype={model.dtype}, **options)
+pipe.to({str(model.device)!r})
 pipe.load_lora_weights({str(run.dir)!r})
 solver = diffusers.{type(pipe.scheduler).__name__}
 pipe.scheduler = solver.from_pretrained({str(run.dir)!r}, subfolder="scheduler")
 noise = torch.Generator().manual_seed({generator("evaluation", 0).initial_seed()})
-{draws}image = pipe({held_out[0][0]!r}, generator=noise, **{call}).images[0]
+{draws}image = pipe({held_out[0][0]!r}, generator=noise, **{settings}).images[0]
 ```
 
 Held-out prompts before and after training, from the same noise; in brackets the reward:
@@ -881,7 +911,7 @@ Held-out prompts before and after training, from the same noise; in brackets the
 
 {shown}
 """
-    write_file(run.dir / "README.md", text.encode())
+    write_text(run.dir / "README.md", text)
     if RANK == 0:
         pipe.scheduler.save_pretrained(run.dir / "scheduler")
 
@@ -890,22 +920,20 @@ def save(run):
     """Write metrics.jsonl, the EMA of theta for pipe.load_lora_weights(DIR), and the checkpoint."""
     import safetensors.torch
 
-    text = "".join(json.dumps(row) + "\n" for row in run.rows)
-    write_file(run.dir / "metrics.jsonl", text.encode())
+    write_text(run.dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.rows))
     lora = run.model.lora
     weights = {}
     for i, name in enumerate(lora.layers):
         A, B = lora.adapters["ema"][2 * i : 2 * i + 2]
         weights[f"{run.model.component}.{name}.lora_A.weight"] = A
-        # alpha / rank goes into B.
-        weights[f"{run.model.component}.{name}.lora_B.weight"] = 2 * B
+        weights[f"{run.model.component}.{name}.lora_B.weight"] = SCALE * B
     data = safetensors.torch.save(weights, {"format": "pt"})
-    write_file(run.dir / "pytorch_lora_weights.safetensors", data)
+    write_file(run.dir / "pytorch_lora_weights.safetensors", lambda file: file.write(data))
     # All that --resume needs: random draws have keys, and no state.
-    state = {"rows": run.rows, "given": run.given, "lora": lora.adapters}
+    state = {"rows": run.rows, "inputs": run.inputs, "lora": lora.adapters}
     state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     state = map_tensors(torch.Tensor.detach, state)
-    write_file(run.dir / "checkpoint.pt", to_bytes(functools.partial(torch.save, state)))
+    write_file(run.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------
@@ -939,28 +967,38 @@ def means(D, prefix=""):
 
 def evaluate(run, rewards, prompts, iteration):
     """Fields of a row: held-out rewards by the EMA of theta, from the same noise every time."""
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
     # Departs from section 4: by the run's own solver, not by 40 first-order steps.
     numbered = [(i, *prompts[i]) for i in share(len(prompts))]
     D = collect(run.model, rewards, numbered, ("evaluation",), "ema")
-    when = "after" if iteration else "before"
-    rewards = D["scores"]["reward"].tolist()
-    captions = [f"{when} ({r:.3g}): {p}" for r, p in zip(rewards, D["prompts"], strict=True)]
-    picture = picture_grid(D["images"], captions[:SHOWN])
-    write_file(run.dir / f"samples/{iteration:06d}.png", to_bytes(picture.save, "PNG"))
-    row, _ = means(D, "eval_")
+    row, raw = means(D, "eval_")
     base = run.rows[0] if run.rows else row
-    row["roughness"] = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
-    reward = f"held-out reward {row['eval_reward']:.3f}"
-    say(f"iteration {iteration:4d}   {reward}   roughness {row['roughness']:.2f}")
+    row["eval_roughness"] = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
+    summary = f"held-out reward {row['eval_reward']:.3f}"
+    say(f"iteration {iteration:4d}   {summary}   roughness {row['eval_roughness']:.2f}")
+
+    # The pictures, and those of the base model above them.
+    images = torch.cat(gather(D["images"]))[:SHOWN]
+    when = "after" if iteration else "before"
+    pairs = zip(raw.tolist(), prompts[: len(images)], strict=False)
+    grid = picture_grid(images, [f"{when} ({r:.3g}): {prompt}" for r, (prompt, _) in pairs])
+    write_file(run.dir / f"samples/{iteration:06d}.png", lambda file: grid.save(file, "PNG"))
+    if iteration and RANK == 0:
+        both = [Image.open(run.dir / "samples/000000.png"), grid]
+        both = make_image_grid(both, rows=2, cols=1)
+        write_file(run.dir / "before_after.png", lambda file: both.save(file, "PNG"))
     return row
 
 
 def pair_losses(model, D, index, t, eps, loss=nft_loss):
-    """Lines 9 to 11 and 12's loss for b rows `index` of D at the denoiser's times t (b,) with eps:
-    Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2 without gradient, each (b,)."""
-    config, x_0 = model.config, D["x_0"][index]
+    """Lines 9 to 12 for the b images D[index] at times t (b,) with noise eps, three tensors (b,):
+    Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2, which is only logged."""
+    config = model.config
+    x_0 = D["x_0"][index]
     condition = map_tensors(lambda x: x[index], D["condition"])
-    # Line 9: the forward process.
+    # Line 9: the forward process. Its target v, as a clean sample, is x_0 itself.
     alpha_t, sigma_t = model.noise_level(t, x_0.ndim)
     x_t = alpha_t * x_0 + sigma_t * eps
     with torch.no_grad():
@@ -987,7 +1025,7 @@ def draw_pairs(config, times, iteration):
     """The pairs of an image and a time of each optimizer step, [(index (b,), t (b,))]."""
     N = config.groups * config.group_size
     noise = generator(config.seed, iteration, "training")
-    # Departs from section 4: at a few of the sampler's times, each once, and not at every one.
+    # Departs from section 4: at a few of evaluation's times, each once, not at all of a rollout's.
     chosen = times[torch.rand(N, len(times), generator=noise).argsort(1)[:, : config.train_times]]
     steps = torch.randperm(N, generator=noise).tensor_split(config.updates)
     return [(i.repeat_interleave(chosen.shape[1]), chosen[i].flatten()) for i in steps]
@@ -998,10 +1036,11 @@ def optimize(run, D, iteration, losses=pair_losses):
     config = run.config
     model = run.model
     mine = share(config.groups * config.group_size)
-    steps = draw_pairs(config, model.times, iteration)
+    drawn = draw_pairs(config, model.times, iteration)
     sums = torch.zeros(3, dtype=torch.float64)
     norms = []
-    for step, (index, t) in enumerate(steps, (iteration - 1) * config.updates + 1):
+    # Line 8; the loop ends with line 13.
+    for step, (index, t) in enumerate(drawn, (iteration - 1) * config.updates + 1):
         for x in model.lora.adapters["theta"]:
             x.grad = torch.zeros_like(x)
         pairs = ((index >= mine.start) & (index < mine.stop)).nonzero().flatten()
@@ -1009,8 +1048,8 @@ def optimize(run, D, iteration, losses=pair_losses):
             batch = pairs[start : start + config.batch_size]
             noise = [generator("eps", config.seed, step, pair) for pair in batch.tolist()]
             eps = torch.stack([torch.randn(D["x_0"].shape[1:], generator=g) for g in noise])
-            rows = (index[batch] - mine.start).to(model.device)
-            terms = losses(model, D, rows, t[batch], eps.to(model.device))
+            images = (index[batch] - mine.start).to(model.device)
+            terms = losses(model, D, images, t[batch], eps.to(model.device))
             # Departs from line 12: the KL term, as in the released code.
             total = (terms[0] + config.kl * terms[1]).sum() / len(index)
             run.scaler.scale(total).backward()
@@ -1018,7 +1057,7 @@ def optimize(run, D, iteration, losses=pair_losses):
         if not sums.isfinite().all():
             raise UserError("the loss is not finite; try a smaller --lr, or --precision bf16")
         norms.append(gradient_step(run, step))
-    averages = sum(gather(sums / sum(len(index) for index, _ in steps))).tolist()
+    averages = sum(gather(sums / sum(len(index) for index, _ in drawn))).tolist()
     row = dict(zip(("loss", "kl", "old_deviation"), averages, strict=True))
     finite = [norm for norm in norms if math.isfinite(norm)]
     skipped = run.rows[-1]["skipped_steps"] + len(norms) - len(finite)
@@ -1040,22 +1079,9 @@ def gradient_step(run, step):
     run.optimizer.param_groups[0]["lr"] = run.config.lr * min(1, step / max(1, run.config.warmup))
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    # The EMA is what is evaluated and saved.
+    # Departs from Algorithm 1, as the released code: the EMA is what is evaluated and saved.
     run.model.lora.average("ema", run.config.ema)
     return norm
-
-
-def conclude(run):
-    """Draw before_after.png, the first evaluation over the last; say where all is."""
-    from diffusers.utils import make_image_grid
-    from PIL import Image
-
-    rows = [row for row in run.rows if "eval_reward" in row]
-    files = [run.dir / f"samples/{row['iteration']:06d}.png" for row in (rows[0], rows[-1])]
-    picture = make_image_grid([Image.open(file) for file in files], rows=2, cols=1)
-    write_file(run.dir / "before_after.png", to_bytes(picture.save, "PNG"))
-    rewards = f"{rows[0]['eval_reward']:.3f} -> {rows[-1]['eval_reward']:.3f}"
-    say(f"held-out reward {rewards}; pictures and how to use it: {run.dir}/README.md")
 
 
 def try_rewards(model, rewards, prompts):
@@ -1068,9 +1094,20 @@ def try_rewards(model, rewards, prompts):
     collect(model, rewards, [(0, *prompts[0])], ("probe",), "old")
 
 
+def tell(run, bar):
+    """How the iteration went: beside the bar or, where there is none, in a line of its own."""
+    row = run.rows[-1]
+    # Where r does not spread, the iteration taught nothing.
+    progress = f"reward {row['reward']:.3f}, r 0.5 +- {row['r_std']:.3f}"
+    bar.set_postfix_str(progress)
+    if bar.disable:
+        left = (run.config.iterations / row["iteration"] - 1) * row["seconds"] / 60
+        say(f"iteration {row['iteration']:4d}   {progress}, {left:.0f} minutes left")
+
+
 @contextlib.contextmanager
 def sys_path_restored():
-    """Take off sys.path what `load_reward` puts on it."""
+    """Take off sys.path what `load_module` puts on it."""
     path = sys.path.copy()
     try:
         yield
@@ -1090,13 +1127,9 @@ def train(
     """Algorithm 1, of parts that a study may replace. Returns the rows of metrics.jsonl, a dict an
     iteration from 0, the base's. Raises UserError, of status 2 before anything is written."""
     prompts, held_out = load_prompt_sets(config)
-    if len(held_out) < WORLD:
-        raise UserError(f"--eval-prompts: must be {WORLD} or more, one a process; give more")
     # A reward's file is run once for both flags.
     modules = {}
     rewards = load_rewards(config.reward, "--reward", modules)
-    if not rewards:
-        raise UserError("--reward: must name one; try jpeg")
     watched = load_rewards(config.watch, "--watch", modules)
     watched = rewards + [reward._replace(weight=0.0) for reward in watched]
     model = make_model(config)
@@ -1106,16 +1139,15 @@ def train(
     N = config.groups * K
     mine = share(N)
     started = time.time() - (run.rows[-1]["seconds"] if run.rows else 0)
-    saved = 0
+    saved = "nothing"
     try:
         if not run.rows:
             row = {"iteration": 0, "images": 0, "skipped_steps": 0}
-            row |= evaluate(run, watched, held_out, 0)
+            row |= evaluate(run, watched, held_out, 0) | {"roughness": 1.0}
             run.rows.append(row | {"seconds": time.time() - started})
             save(run)
-        saved = run.rows[-1]["iteration"]
-        ahead = range(saved + 1, config.iterations + 1)
-        bar = tqdm(ahead, "train", position=1, disable=HIDDEN)
+        saved = f"iteration {run.rows[-1]['iteration']}"
+        bar = tqdm(range(len(run.rows), config.iterations + 1), "train", position=1, disable=HIDDEN)
         for iteration in bar:  # line 1
             # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3).
             drawn = draw_prompts(prompts, iteration, config)
@@ -1150,20 +1182,20 @@ def train(
             run.rows.append(row | {"seconds": time.time() - started})
             if last or iteration % config.save_every == 0:
                 save(run)
-                saved = iteration
-            # Where r does not spread, the iteration taught nothing.
-            progress = f"reward {row['reward']:.3f}, r 0.5 +- {row['r_std']:.3f}"
-            bar.set_postfix_str(progress)
-            if bar.disable:
-                left = (config.iterations / iteration - 1) * run.rows[-1]["seconds"]
-                say(f"iteration {iteration:4d}   {progress}, {left / 60:.0f} minutes left")
-        if RANK == 0:
-            conclude(run)
+                saved = f"iteration {iteration}"
+            tell(run, bar)
+        if "eval_reward" not in run.rows[-1]:
+            # Resumed to end where it is.
+            run.rows[-1] |= evaluate(run, watched, held_out, config.iterations)
+            save(run)
     except (Exception, KeyboardInterrupt) as error:
-        mend = f"iteration {saved} is saved, go on with: python nft.py --out {run.dir} --resume"
-        failure = UserError(f"{reason(error)} in iteration {len(run.rows)}; {mend}")
+        mend = f"{saved} is saved, go on with: python nft.py --out {run.dir} --resume"
+        number = min(len(run.rows), config.iterations)
+        failure = UserError(f"{reason(error)} in iteration {number}; {mend}")
         failure.status = 130 if isinstance(error, KeyboardInterrupt) else 1
         raise failure from error
+    rewards = f"{run.rows[0]['eval_reward']:.3f} -> {run.rows[-1]['eval_reward']:.3f}"
+    say(f"held-out reward {rewards}; pictures and how to use it: {run.dir}/README.md")
     return run.rows
 
 
@@ -1222,7 +1254,8 @@ def configure(**given):
     check(config)
     name = os.path.basename(os.path.abspath(config.model))
     # The process's number keeps two runs apart that start at once.
-    config.out = config.out or gather(time.strftime(f"runs/{name}-%m%d-%H%M%S-{os.getpid()}"))[0]
+    out = f"runs/{name}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
+    config.out = config.out or gather(out)[0]
     return config
 
 
@@ -1251,20 +1284,18 @@ def main(argv=None, **parts):
     """Run the command line, with parts for `train`; returns the exit status, 0 if all went well."""
     try:
         if WORLD > 1 and not dist.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local < torch.cuda.device_count():
+                torch.cuda.set_device(local)
             dist.init_process_group()
         train(parse(argv), **parts)
         return 0
-    except UserError as error:
-        who = f"process {RANK}: " if WORLD > 1 else ""
-        print(f"nft.py: {who}{reason(error)}", file=sys.stderr)
-        return error.status
     except KeyboardInterrupt:
         return 130
-    except Exception as error:  # such as a model that does not fit the memory
-        print(f"nft.py: {reason(error)}", file=sys.stderr)
-        return 1
+    except Exception as error:  # UserError, or such as a model that does not fit the memory
+        who = f"process {RANK}: " if WORLD > 1 else ""
+        print(f"nft.py: {who}{reason(error)}", file=sys.stderr)
+        return getattr(error, "status", 1)
 
 
 if __name__ == "__main__":

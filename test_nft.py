@@ -318,7 +318,7 @@ def test_training_sees_what_the_sampler_saw(name, guidance, solver, bound):
 def test_theta_old_and_reference_share_one_base(name):
     """Without its adapter, or with a fresh one, the model is the pipeline, bit for bit."""
     fresh = new_model(name)
-    plain = draw(nft.load_pipeline(fresh.config, torch.float32))
+    plain = draw(nft.load_pipeline(fresh.config, torch.float32)[0])
     for policy in ("theta", "old", "ema"):
         assert torch.equal(fresh.sample(TEXTS, SEEDS, policy)["images"], plain)
     filled = new_model(name, filled=True)
@@ -583,7 +583,7 @@ def test_what_a_run_leaves():
     out = finished("sd15")
     assert json.loads((out / "config.json").read_text())["lr"] == 0.01
     base, one, last = metrics(out)
-    evaluated = {"eval_reward", "eval_reward_std", "eval_reward/reward:red", "roughness"}
+    evaluated = {"eval_reward", "eval_reward_std", "eval_reward/reward:red", "eval_roughness"}
     trained = {"iteration", "images", "seconds", "reward", "reward_std", "reward/reward:red"}
     trained |= {"loss", "kl", "old_deviation", "grad_norm", "eta", "roughness"}
     assert evaluated <= base.keys()

@@ -239,7 +239,7 @@ def table_line(name, runs, learned):
         line.append(f"{column(last, 'eval_reward').mean():.3f}")
     line += [
         f"{accuracy.mean():.3f} ({joined(accuracy, '.3f')})",
-        joined(column(last, "roughness"), ".2f"),
+        joined(column(last, "eval_roughness"), ".2f"),
         health(last),
         f"{growth.mean():.2f}",
         f"{column(last, 'old_deviation').mean():.1e}",
@@ -282,7 +282,7 @@ def plot(found, title, path):
     for i, (name, runs) in enumerate(found.items()):
         last = [logged[-1] for logged in runs]
         axis.scatter(
-            column(last, "roughness"),
+            column(last, "eval_roughness"),
             column(last, ACCURACY),
             label=name,
             marker="os^Dv"[i % 5],

@@ -56,7 +56,6 @@ START_UP = "start-up"
 PHASES = {
     "write_file": "writing a file",
     "evaluate": "evaluation",
-    "conclude": "conclusion",
     # Of the model.
     "__init__": START_UP,
     "collect": "rollout",

@@ -17,7 +17,7 @@ import numpy as np
 # Field of metrics.jsonl: (its name in the plot, lowest, highest value shown).
 FIELDS = {
     "eval_reward": ("held-out reward", 0, 1),
-    "roughness": ("roughness (base = 1)", 0.6, 1.6),
+    "eval_roughness": ("roughness (base = 1)", 0.6, 1.6),
 }
 
 
@@ -50,7 +50,7 @@ def summary(label, folder, first, last):
     return (
         f"{label:10s} {folder:24s}"
         f" reward {first['eval_reward']:.3f} -> {last['eval_reward']:.3f}"
-        f"  roughness {last['roughness']:.2f}  images {last['images']}"
+        f"  roughness {last['eval_roughness']:.2f}  images {last['images']}"
         f"  seconds {last['seconds']:.0f}"
     )
 

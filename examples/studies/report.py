@@ -64,7 +64,7 @@ def points(row, folder):
             "evaluations": logged["evaluations"],
             "seconds": logged["cpu"],
             "accuracy": logged["eval_reward"],
-            "roughness": logged["roughness"],
+            "roughness": logged["eval_roughness"],
         }
         found.append(point)
     return found

@@ -104,7 +104,7 @@ def write_run(folder, iterations, accuracy):
     folder.mkdir(parents=True)
     lines = []
     for i in range(iterations + 1):
-        row = {"iteration": i, "loss": 1.0 + i, "old_deviation": 1e-3, "roughness": 1 + i / 10}
+        row = {"iteration": i, "loss": 1.0 + i, "old_deviation": 1e-3, "eval_roughness": 1 + i / 10}
         row["eval_reward"] = 0.9
         row[epsilon_study.ACCURACY] = 0.3 if i == 0 else accuracy
         for name in epsilon_study.HEALTH:

@@ -436,7 +436,7 @@ def write_run(folder, iterations, gained, cpu):
             "iteration": i,
             "evaluations": 1000 * i,
             "cpu": cpu * i,
-            "roughness": 1,
+            "eval_roughness": 1,
             "reward": i / 10,
             "eval_reward": 0.3 + gained * i,
         }
