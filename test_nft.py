@@ -610,7 +610,8 @@ def test_ctrl_c_and_resume(tmp_path):
     line = process.communicate(timeout=60)[1].decode().strip().splitlines()[-1]
     assert process.returncode == 130
     done = checkpoint(out)["rows"][-1]["iteration"]
-    assert f"iteration {done} is saved" in line
+    # One behind where the signal fell into the last rename, and never ahead.
+    assert f"iteration {done} is saved" in line or f"iteration {done - 1} is saved" in line
     assert f"--out {out} --resume" in line
     # What a kill after the checkpoint would leave.
     with open(out / "metrics.jsonl", "a") as file:

@@ -45,7 +45,7 @@ OWN = ("clip_range", "noise_level", "temperature")
 # Every row is evaluated by this solver, whatever its own is.
 EVALUATION_SOLVER = "dpm2"
 # Seconds of a core an iteration, about; the other methods take 5.
-SECONDS = {"ddpo": 6, "dpok": 8, "loop": 6, "flowgrpo": 8}
+SECONDS = {"ddpo": 6, "dpok": 8, "loop": 6, "coca": 7, "rtb": 9, "flowgrpo": 8}
 # Run only on request. "precision" takes a CPU without bf16 and fp16 eight times as long.
 LEFT_OUT = ("sweep", "precision")
 
