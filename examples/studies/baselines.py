@@ -9,6 +9,8 @@
     ddpo      arXiv 2305.13301       (r - mean) / std of the prompt's K PPO's
     dpok      arXiv 2305.16381       r - mean of the prompt's K         clipped ratio, and distance
     loop      arXiv 2503.00897       r - mean of the other K - 1        PPO's
+    coca      arXiv 2505.19196       DDPO's, shared out among the steps PPO's
+    rtb       arXiv 2405.20971       r - mean of the prompt's K         trajectory balance
     rwr       arXiv 2305.13301, 4.2  softmax(r / temperature) of the K  denoising
     rft       arXiv 2305.13301, 4.2  1 where r > mean of the K, else 0  denoising
 
@@ -18,9 +20,10 @@ rewards, AdamW, gradient clipping, evaluation and run directory. All of nft.py's
 iteration's start. In the log `r_std` is the spread of the weights, `kl` is 0 where --kl is 0, and
 `old_deviation` is 0 for rwr and rft, which have no use for the old policy.
 
-The first four methods sample by steps that are drawn from a Gaussian (`Chain`), and train on these
+The first six methods sample by steps that are drawn from a Gaussian (`Chain`), and train on these
 steps: on all of them, unless --train-times says fewer. rwr and rft sample and draw noise levels as
-nft.py does.
+nft.py does. rtb's residual needs log p_base of every step of an iteration's images: so many samples
+more go through the denoiser, as many as for a method with KL.
 
 All methods depart from their papers where nft.py treats every method alike: learning rate, warm-up,
 LoRA, no guidance, and `updates` optimizer steps an iteration. Comments "Departs" name the rest.
@@ -36,6 +39,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -104,6 +108,81 @@ def positive_weights(raw, groups, z):
     return (rewards > rewards.mean(1, keepdim=True)).flatten().float()
 
 
+# ---- From the images' weights to those of their steps: the iteration's D -> (N, T) ---------------
+def conditions(D, index):
+    """What the denoiser is given beside x_t and t, for the images index (b,)."""
+    return nft.map_tensors(lambda c: c[index], D["condition"])
+
+
+def shared_out(model, D):
+    """CoCA: an image's advantage is shared out among its steps by what each brings towards x_0.
+
+    s_k is the cosine similarity of x_0 to the clean image that is predicted at step k, and s_T = 1.
+    Step k gains s_{k+1} - s_k, and its share is this over the sum of all gains, 1 - s_0. What
+    counts for a step is its own share and those of the steps after it: (1 - s_k) / (1 - s_0) of the
+    advantage, all of it for the first step. These are standardized once more over the prompt's
+    images and steps. D["r"]: (N,), DDPO's advantages.
+    """
+    # Departs: the code averages s over windows of 5 of 50 steps, one of the ten here; its second
+    # standardization mixes several iterations, and where a prompt has few images all prompts. The
+    # first one's limit is DDPO's 10, not 5. Of the paper the abstract was read, and the code.
+    similarities = []
+    for k in range(D["outs"].shape[1]):
+        x_t = D["path"][:, k]
+        t = model.step_times[k].expand(len(x_t))
+        alpha_t, sigma_t = model.noise_level(t, x_t.ndim)
+        x0_hat, _ = nft.predict_x0(x_t, D["outs"][:, k], alpha_t, sigma_t, model.prediction)
+        similarities.append(F.cosine_similarity(x0_hat.flatten(1), D["x_0"].flatten(1)))
+    s = torch.stack(similarities, 1)
+    to_go = (1 - s) / (1 - s[:, :1]).clamp_min(1e-6)
+    A = D["r"].view(-1, 1) * to_go
+    by_prompt = A.double().view(-1, model.config.group_size * s.shape[1])
+    return standardized(by_prompt, added=1e-6, limit=5).view_as(A)
+
+
+def log_ratios(model, D):
+    """log p_old(trajectory) - log p_base(trajectory) of an iteration's images: (N,), in nats.
+
+    p_old drew them. The sums are over all steps and dimensions, and in float64.
+    """
+    N, T = D["outs"].shape[:2]
+    ratios = []
+    for rows in torch.arange(N, device=model.device).split(model.config.batch_size):
+        condition = conditions(D, rows)
+        total = 0.0
+        for k in torch.arange(T, device=model.device):
+            x = D["path"][rows, k]
+            x_next = D["path"][rows, k + 1].double()
+            steps = k.expand(len(rows))
+            with torch.no_grad():
+                out_ref = model.predict(x, model.step_times[steps], condition, None)
+            mean, std = model.solver.gaussian(x, D["outs"][rows, k], steps)
+            mean_ref, _ = model.solver.gaussian(x, out_ref, steps)
+            old = log_prob(x_next, mean.double(), std.double())
+            total = total + old - log_prob(x_next, mean_ref.double(), std.double())
+        ratios.append(total * D["x_0"][0].numel())
+    return torch.cat(ratios)
+
+
+def balanced(model, D, temperature):
+    """RTB: minus temperature times the residual of each trajectory, for all of its steps.
+
+    The loss is the square of log p_theta - log p_base + log Z - r / temperature, the first two of
+    the whole trajectory. It is 0 where images are drawn from p_base exp(r / temperature) / Z. log Z
+    is the mean of r / temperature - log p_theta + log p_base over the prompt's K images (VarGrad).
+    The gradient of temperature / 2 times the square is -A dlog p_theta, with this A, which is
+    r - temperature (log p_theta - log p_base), minus its mean. D["r"]: (N,), r - its mean.
+    """
+    # As in its code the residual's log p_theta is that of the policy which sampled: theta, for the
+    # first of an iteration's updates, and a few steps older for the others. Departs: the code
+    # learns log Z, has a replay buffer in some tasks, and averages log p over dimensions in some.
+    # The first noise stays N(0, I): so a trajectory's own log Z depends on it, a little.
+    ratios = log_ratios(model, D).view(-1, model.config.group_size)
+    residual = (ratios - ratios.mean(1, keepdim=True)).flatten()
+    A = D["r"] - temperature * residual
+    return A.float().view(-1, 1).expand(D["outs"].shape[:2])
+
+
 # ---- The loss of a step: ratio p_theta / p_old (b,), advantages A (b,), clip range e -> (b,) ----
 def clipped_loss(ratio, A, e):
     """-min(ratio A, clip(ratio, 1 - e, 1 + e) A): PPO, in FlowGRPO's 4.1, DDPO's D.1 and LOOP."""
@@ -115,6 +194,14 @@ def one_sided_loss(ratio, A, e):
     return -ratio.clamp(1 - e, 1 + e) * A
 
 
+def balance_loss(ratio, A, e):
+    """-A log p_theta, up to a constant: RTB's squared residual has this gradient, and no clipping.
+
+    It holds for trajectories of any policy, so there is no ratio in it either.
+    """
+    return -ratio.log() * A
+
+
 @dataclasses.dataclass
 class Method:
     """A row of METHODS."""
@@ -123,8 +210,12 @@ class Method:
     weigh: Callable
     # Of a step's ratio; None: the weighted denoising loss, and no Gaussian steps.
     loss: Callable | None = None
+    # (model, D) -> weights of each image's steps, (N, T); None: all have the image's.
+    spread: Callable | None = None
     # What --kl weighs: the squared distance of the outputs, or else the KL of two Gaussians.
     distance_of_outputs: bool = False
+    # Of what is weighed by exp(r / temperature), for rewards in [0, 1].
+    temperature: float | None = None
     # The share of the sampler's steps, from the first on, that is trained.
     trained: float = 1.0
     # Settings of nft.Config in place of its defaults and the model's. Flags win.
@@ -148,7 +239,18 @@ METHODS = {
         settings=ALL_STEPS | {"kl": 1e-4},
     ),
     "loop": Method(leave_one_out, clipped_loss, settings=ALL_STEPS | {"kl": 0.0}),
-    "rwr": Method(exponential_weights, settings={"eta": "0", "kl": 0.0}),
+    "coca": Method(
+        prompt_advantages, clipped_loss, spread=shared_out, settings=ALL_STEPS | {"kl": 0.0}
+    ),
+    # The temperature is the weight of KL(p_theta || p_base) in nats; --kl would add to it.
+    "rtb": Method(
+        baseline_advantages,
+        balance_loss,
+        spread=balanced,
+        temperature=0.01,
+        settings=ALL_STEPS | {"kl": 0.0},
+    ),
+    "rwr": Method(exponential_weights, temperature=0.2, settings={"eta": "0", "kl": 0.0}),
     "rft": Method(positive_weights, settings={"eta": "0", "kl": 0.0}),
 }
 
@@ -305,13 +407,24 @@ class Chain(nft.Model):
 
 
 # ---- Losses of b pairs, as nft.pair_losses: loss, KL, deviation from the old policy, each (b,) ---
+def pair_weights(model, D, index, t, spread):
+    """The weights (b,) of pairs of an image and a step; see Method.spread."""
+    if spread is None:
+        return D["r"][index]
+    if "r_of_steps" not in D:
+        # Once an iteration, whose pairs share D.
+        D["r_of_steps"] = spread(model, D)
+    return D["r_of_steps"][index, t.to(model.device)]
+
+
 def step_losses(model, D, index, t, eps, method, clip_range):
     """Losses of the steps t (b,) of the images index (b,) of a Chain; D["r"] holds advantages."""
     k = t.to(model.device)
+    weights = pair_weights(model, D, index, k, method.spread)
     x = D["path"][index, k]
     x_next = D["path"][index, k + 1]
     out_old = D["outs"][index, k]
-    condition = nft.map_tensors(lambda c: c[index], D["condition"])
+    condition = conditions(D, index)
     if model.config.kl:
         with torch.no_grad():
             out_ref = model.predict(x, model.step_times[k], condition, None)
@@ -321,7 +434,7 @@ def step_losses(model, D, index, t, eps, method, clip_range):
     mean, std = model.solver.gaussian(x, out, k)
     mean_old, _ = model.solver.gaussian(x, out_old, k)
     ratio = (log_prob(x_next, mean, std) - log_prob(x_next, mean_old, std)).exp()
-    loss = method.loss(ratio, D["r"][index], clip_range)
+    loss = method.loss(ratio, weights, clip_range)
     if not model.config.kl:
         kl = torch.zeros_like(loss)
     elif method.distance_of_outputs:
@@ -335,7 +448,7 @@ def step_losses(model, D, index, t, eps, method, clip_range):
 def denoising_losses(model, D, index, t, eps):
     """What pretraining minimises, times the weights D["r"]: of images noised by eps to times t."""
     x_0 = D["x_0"][index]
-    condition = nft.map_tensors(lambda c: c[index], D["condition"])
+    condition = conditions(D, index)
     alpha_t, sigma_t = model.noise_level(t, x_0.ndim)
     x_t = alpha_t * x_0 + sigma_t * eps
     targets = {
@@ -356,7 +469,7 @@ def denoising_losses(model, D, index, t, eps):
     return loss, kl, torch.zeros_like(loss)
 
 
-def without_idle(model, D, index, t, eps, losses):
+def without_idle(model, D, index, t, eps, losses, spread):
     """`losses` of the pairs that matter; 0 for the others, which the denoiser does not see.
 
     Without KL an image of weight 0 adds nothing to the gradient. What a method costs is counted in
@@ -365,10 +478,10 @@ def without_idle(model, D, index, t, eps, losses):
     """
     if model.config.kl:
         return losses(model, D, index, t, eps)
-    useful = D["r"][index].nonzero().flatten()
+    useful = pair_weights(model, D, index, t, spread).nonzero().flatten()
     # A loss of 0 that depends on theta, so that its backward pass works if no pair matters.
-    nothing = torch.zeros(len(index), device=model.device)
-    nothing = nothing + 0 * model.lora.adapters["theta"][0].sum()
+    theta = model.lora.adapters["theta"][0]
+    nothing = theta.new_zeros(len(index)) + 0 * theta.sum()
     if len(useful) == 0:
         return nothing, nothing.detach(), nothing.detach()
     found = losses(model, D, index[useful], t[useful.to(t.device)], eps[useful])
@@ -415,23 +528,28 @@ def make_model(config, method, noise_level):
     return nft.Model(config)
 
 
-def parts(method, clip_range=1e-4, noise_level=0.7, temperature=0.2):
+def parts(method, clip_range=1e-4, noise_level=0.7, temperature=None):
     """Keyword arguments of nft.train and nft.main for a method of METHODS, by name.
 
-    clip_range: of the ratio. noise_level: a of flow_step. temperature: of exponential_weights. Let
-    the run's settings start from METHODS[method].settings.
+    clip_range: of the ratio. noise_level: a of flow_step. temperature: of rwr and rtb,
+    if not the method's own. Let the run's settings start from METHODS[method].settings.
     """
     row = METHODS[method]
-    weigh = row.weigh
+    if temperature is None:
+        temperature = row.temperature
     if method == "rwr":
-        weigh = functools.partial(weigh, temperature=temperature)
+        weigh = functools.partial(row.weigh, temperature=temperature)
+        row = dataclasses.replace(row, weigh=weigh)
+    if method == "rtb":
+        spread = functools.partial(row.spread, temperature=temperature)
+        row = dataclasses.replace(row, spread=spread)
     losses = denoising_losses
     if row.loss:
         losses = functools.partial(step_losses, method=row, clip_range=clip_range)
     return {
         "make_model": functools.partial(make_model, method=row, noise_level=noise_level),
-        "weigh": weigh,
-        "losses": functools.partial(without_idle, losses=losses),
+        "weigh": row.weigh,
+        "losses": functools.partial(without_idle, losses=losses, spread=row.spread),
     }
 
 
@@ -464,7 +582,7 @@ def parse(argv):
     parser.add_argument("--clip-range", type=positive, help=clip_range)
     noise_level = "a of a flow's sigma_t = a sqrt(t / (1 - t)), FlowGRPO (0.7)"
     parser.add_argument("--noise-level", type=positive, help=noise_level)
-    temperature = "of rwr's exp(r / temperature) (0.2, for rewards in [0, 1])"
+    temperature = "of exp(r / temperature) (rwr 0.2, rtb 0.01, for rewards in [0, 1])"
     parser.add_argument("--temperature", type=positive, help=temperature)
     known, rest = parser.parse_known_args(argv)
     own = vars(known)

@@ -2,6 +2,7 @@
 
     python examples/studies/figures.py --quick              # one seed, short runs
     python examples/studies/figures.py                      # three seeds
+    python examples/studies/figures.py --figures default    # the presets, as nft.py runs them
     python examples/studies/figures.py --figures beta,eta   # some of the figures
     python examples/studies/figures.py --figures sweep      # what the settings were chosen from
     python examples/studies/figures.py --figures precision  # where the CPU or GPU has bf16 and fp16
@@ -9,9 +10,11 @@
 
 rows.py says what is run, report.py what is made of it. Runs are ordinary run directories under
 --out, beside tables.md and the plots. Finished ones are not repeated; one that was cut off starts
-anew. Every method has the same base, prompts, reward, LoRA, evaluation (the same noise and solver),
-number of images an iteration and, where a row does not change it, of updates (4). Accuracy counts
-only beside roughness and the pictures. The plots need matplotlib.
+anew, as does one of another method in nft.py or of other settings. But for --quick, what came out
+is written to results.json, and from there into README.md and STUDIES.md: see results.py. Every
+method has the same base, prompts, reward, LoRA, evaluation (the same noise and solver), number of
+images an iteration and, where a row does not change it, of updates (4). Accuracy counts only beside
+roughness and the pictures. The plots need matplotlib.
 SPDX-License-Identifier: MIT
 """
 
@@ -21,6 +24,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import multiprocessing
 import signal
 import sys
@@ -34,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 import baselines
 import report
+import results
 import rows
 
 import nft
@@ -93,6 +98,8 @@ class Meter:
 
 def split(row):
     """A row's settings, with its method's: those of nft.Config, and those of baselines.parts."""
+    if not row.settings:
+        return {}, {}
     given = PINNED | row.settings
     if row.method != "nft":
         given = PINNED | baselines.METHODS[row.method].settings | row.settings
@@ -112,20 +119,35 @@ def parts(row, own):
     return changed
 
 
+def configure(row, folder, seed):
+    """The row's nft.Config. Raises nft.UserError."""
+    settings, _ = split(row)
+    return nft.configure(
+        model=row.model, iterations=row.iterations, out=folder, seed=seed, **settings
+    )
+
+
+def is_done(row, folder, seed):
+    """Whether `folder` has the row's run, finished, of today's method and settings."""
+    if not report.finished(row, folder):
+        return False
+    return results.is_current(folder, vars(configure(row, folder, seed)))
+
+
 def run(row, folder, seed):
-    """Train a row in `folder`, on one thread, unless it is finished there.
+    """Train a row in `folder`, on one thread, unless that is done.
 
     Raises nft.UserError or RuntimeError.
     """
-    if report.finished(row, folder):
+    if is_done(row, folder, seed):
         return
     torch.set_num_threads(1)
     # Where a run was cut off a new one may begin.
-    (folder / "config.json").unlink(missing_ok=True)
-    settings, own = split(row)
-    config = nft.configure(
-        model=row.model, iterations=row.iterations, out=folder, seed=seed, **settings
-    )
+    for name in ("config.json", "origin.json"):
+        (folder / name).unlink(missing_ok=True)
+    config = configure(row, folder, seed)
+    origin = results.origin()
+    _, own = split(row)
     changed = parts(row, own)
     meter = Meter(changed.get("make_model", nft.Model))
     changed |= {"make_model": meter.make_model, "evaluate": meter.evaluate}
@@ -138,6 +160,7 @@ def run(row, folder, seed):
             raise
         # Training has begun. Leave out the advice to resume, which would forget the parts.
         raise RuntimeError(nft.reason(error.__cause__)) from error
+    (folder / "origin.json").write_text(json.dumps(origin))
 
 
 def begin():
@@ -249,11 +272,14 @@ def main(argv=None):
         for name in set(figures) - {"sweep"}:
             figures[name] = [quick(row) for row in figures[name]]
     status = 0
+    tasks = plan(figures, args.seeds, args.out)
     if not args.plot:
         # So that a kill ends the worker processes, too.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        status = run_all(plan(figures, args.seeds, args.out), args.jobs)
+        status = run_all(tasks, args.jobs)
     report.report(figures, args.seeds, args.out)
+    if not args.quick:
+        results.update([task for task in tasks if is_done(*task)])
     return status
 
 

@@ -251,6 +251,51 @@ def result_tables(wanted, runs, costs):
     return text
 
 
+def numbers(runs):
+    """What the runs {seed: points} of a row came to, as texts: over seeds a mean, and each."""
+    first = next(iter(runs.values()))[0]
+    last = [run[-1] for run in runs.values()]
+    accuracy = mean([point["accuracy"] for point in last])
+    return {
+        # The base model's is the same for all seeds.
+        "accuracy": f"{first['accuracy']:.3f} → {accuracy}",
+        "roughness": mean([point["roughness"] for point in last], ".2f"),
+        "images": f"{last[0]['images']:,}",
+        "evaluations": f"{last[0]['evaluations']:,}",
+        "minutes": mean([point["seconds"] / 60 for point in last], ".1f"),
+    }
+
+
+NUMBERS = {
+    "accuracy": "held-out accuracy: mean (each seed)",
+    "roughness": "roughness at the end",
+    "images": "images",
+    "evaluations": "network evaluations",
+    "minutes": "minutes of a core, without evaluation",
+}
+
+
+def preset_table(wanted, runs):
+    """A line a preset, by its command."""
+    lines = []
+    for row in wanted:
+        if runs[row.name]:
+            # The first preset is the default.
+            command = f"python nft.py --model {row.model}".removesuffix(" --model tiny")
+            lines.append([f"`{command}`", *numbers(runs[row.name]).values()])
+    return table(["command", *NUMBERS.values()], lines)
+
+
+def figure_table(name, wanted, runs):
+    """The table of any figure but the sweep; runs: {name: {seed: points}}."""
+    if name == "default":
+        return preset_table(wanted, runs)
+    costs = ["images"]
+    if name in (*COMPARISONS, "signal"):
+        costs = list(COSTS)
+    return result_tables(wanted, runs, costs)
+
+
 # ---- Plots and pictures --------------------------------------------------------------------------
 # Okabe and Ito's, for all eyes.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
@@ -347,13 +392,10 @@ def tables(figures, runs, seeds, out):
     """The tables of all figures, as markdown."""
     text = ""
     for name, wanted in figures.items():
-        costs = ["images"]
-        if name in (*COMPARISONS, "signal"):
-            costs = list(COSTS)
         if name == "sweep":
             made = sweep_table(wanted, out, seeds[0])
         else:
-            made = result_tables(wanted, runs, costs)
+            made = figure_table(name, wanted, runs)
         text += f"### {rows.TITLES[name]}\n\n{made}\n"
     return text + NOTE
 
@@ -378,7 +420,7 @@ def report(figures, seeds, out):
         title = rows.TITLES[name]
         if name in COMPARISONS:
             comparison += [(title, wanted, cost) for cost in COSTS]
-        elif name not in ("sweep", "signal", "precision"):
+        elif name not in ("default", "sweep", "signal", "precision"):
             ablations.append((title, wanted, "images"))
         if name != "sweep":
             pictures(wanted, out, seeds[0], out / f"grids-{name}.png")

@@ -31,7 +31,7 @@ class Row:
     # A preset.
     model: str
     iterations: int
-    # Of nft.Config, and the method's own.
+    # Of nft.Config, and the method's own. Empty: the preset's alone.
     settings: dict
     # () -> parts of nft.train.
     change: Callable | None = None
@@ -295,7 +295,14 @@ def signal_row(name="default", change=None, **settings):
     )
 
 
+def preset(model):
+    """A row that is `python nft.py --model MODEL`."""
+    iterations = nft.PRESETS[model]["iterations"]
+    return Row(f"preset-{model}", "preset", "nft", model, iterations, settings={})
+
+
 FIGURES = {
+    "default": [preset("tiny"), preset("tiny-sd3")],
     "tiny": [
         compared(key, "tiny", 24, eval_every=2)
         for key in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
@@ -351,6 +358,7 @@ FIGURES = {
     "sweep": sweep(),
 }
 TITLES = {
+    "default": "The default runs",
     "sweep": "Sweep",
     "tiny": "Comparison on tiny, which predicts eps",
     "tiny-sd3": "Comparison on tiny-sd3, a flow",

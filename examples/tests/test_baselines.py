@@ -7,6 +7,7 @@ SPDX-License-Identifier: MIT
 import functools
 import itertools
 import re
+import types
 
 import baselines
 import common
@@ -18,6 +19,8 @@ import nft
 
 MODELS = pytest.mark.parametrize("name", ("sd15", "sd3"))
 STEP_METHODS = [name for name, row in baselines.METHODS.items() if row.loss]
+# All steps of an image have its advantage, and its ratio is clipped.
+RATIO_METHODS = [name for name in STEP_METHODS if not baselines.METHODS[name].spread]
 # The pairs of three images and five steps.
 INDEX = torch.arange(3).repeat(5)
 K = torch.arange(5).repeat_interleave(3)
@@ -242,6 +245,8 @@ def test_weights_by_hand():
         "dpok": centred,
         "flowgrpo": centred / (std + 1e-4),
         "ddpo": centred / (std + 1e-6),
+        "coca": centred / (std + 1e-6),
+        "rtb": centred,
         "rft": torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1]]),
     }
     for method, weights in expected.items():
@@ -302,10 +307,15 @@ def losses_of(method, chain, D, weights, **own):
 @MODELS
 @pytest.mark.parametrize("method", STEP_METHODS)
 def test_first_gradient_is_the_policy_gradient(name, method):
-    """Before theta moves the loss is -A, its gradient -A d log p; KL and deviation are 0."""
+    """Before theta moves the loss is -A, its gradient -A d log p; KL and deviation are 0.
+
+    RTB's loss is known up to a constant: it is 0.
+    """
     chain, D = sampled(name)
     loss, kl, deviation = losses_of(method, chain, D, A)
-    assert_near(loss, -A[INDEX], 0, 2e-5)
+    spread = baselines.parts(method)["losses"].keywords["spread"]
+    weights = baselines.pair_weights(chain, D | {"r": A}, INDEX, K, spread)
+    assert_near(loss, -weights * (method != "rtb"), 5e-5, 2e-5)
     assert_near(kl, torch.zeros(15), 1e-8)
     assert_near(deviation, torch.zeros(15), 1e-8)
 
@@ -314,7 +324,7 @@ def test_first_gradient_is_the_policy_gradient(name, method):
     out = predicted(chain, D, "theta").double()
     step = GAUSSIANS[name](chain, K, x, out)
     log_p = step.log_prob(x_next).mean((1, 2, 3))
-    expected = gradient(chain, -A[INDEX] * log_p)
+    expected = gradient(chain, -weights * log_p)
     largest = expected.abs().max().item()
     assert largest > 1e-6
     assert_near(gradient(chain, loss), expected, 0.02 * largest)
@@ -339,7 +349,7 @@ def test_losses_after_a_move(name):
     from_old = (out - out_old).square().mean((1, 2, 3))
     from_base = (out - out_ref).square().mean((1, 2, 3))
     divergence = kl_divergence(new, base).mean((1, 2, 3))
-    for sign, method in itertools.product((1.0, -1.0), STEP_METHODS):
+    for sign, method in itertools.product((1.0, -1.0), RATIO_METHODS):
         weights = torch.full((3,), sign)
         loss, kl, deviation = losses_of(method, chain, D, weights, clip_range=1e-3)
         gain = sign * ratio.clamp(0.999, 1.001)
@@ -358,10 +368,144 @@ def test_clipping_stops_the_gradient():
     ppo = torch.tensor([1, 1, 0, 0, 1, 1])
     dpok = torch.tensor([0, 1, 0, 0, 1, 0])
     losses = {baselines.clipped_loss: ppo, baselines.one_sided_loss: dpok}
+    # RTB never clips, and has no ratio in its gradient.
+    losses[baselines.balance_loss] = 1 / ratio.detach()
     for function, learnt in losses.items():
         loss = function(ratio, advantages, 0.1)
         (found,) = torch.autograd.grad(loss.sum(), ratio)
         assert_near(found, -advantages * learnt, 1e-6)
+
+
+@MODELS
+def test_coca_shares_out_by_gains(name):
+    """A step gets the part of the advantage that it and later steps earn, standardized."""
+    chain, D = sampled(name)
+    x = D["path"][INDEX, K].double()
+    out = D["outs"][INDEX, K].double()
+    if name == "sd15":
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        bar = as_rows((1 - betas).cumprod(0)[torch.tensor([801, 601, 401, 201, 1])[K]])
+        x0_hat = (x - (1 - bar).sqrt() * out) / bar.sqrt()
+    else:
+        x0_hat = x - as_rows(chain.solver.sigmas.double()[K]) * out
+    x_0 = D["x_0"][INDEX].double()
+    lengths = x0_hat.flatten(1).norm(dim=1) * x_0.flatten(1).norm(dim=1)
+    cosine = (x0_hat * x_0).sum((1, 2, 3)) / lengths
+    # (3 images, 5 steps), and the end.
+    s = torch.cat([cosine.view(5, 3).T, torch.ones(3, 1)], 1)
+    gains = s.diff()
+    shares = gains / gains.sum(1, keepdim=True)
+    assert_near(shares.sum(1), torch.ones(3), 1e-9)
+    earned = A.view(3, 1) * shares.flip(1).cumsum(1).flip(1)
+    expected = (earned - earned.mean()) / earned.std(correction=0)
+    found = baselines.shared_out(chain, D | {"r": A})
+    assert_near(found, expected, 1e-4, 1e-3)
+    assert not baselines.shared_out(chain, D | {"r": torch.zeros(3)}).any()
+
+
+# ---- Relative trajectory balance -----------------------------------------------------------------
+@MODELS
+def test_balance_is_of_whole_trajectories(name):
+    """RTB weighs a trajectory by its reward minus temperature log p_old / p_base, in nats."""
+    chain, D = moved_chain(name)
+    x = D["path"][INDEX, K].double()
+    x_next = D["path"][INDEX, K + 1].double()
+    old = GAUSSIANS[name](chain, K, x, D["outs"][INDEX, K].double())
+    base = GAUSSIANS[name](chain, K, x, predicted(chain, D, None).double())
+    nats = (old.log_prob(x_next) - base.log_prob(x_next)).sum((1, 2, 3)).view(5, 3).sum(0)
+    assert nats.std() > 0.1
+    assert_near(baselines.log_ratios(chain, D), nats, 2e-3, 1e-2)
+    found = baselines.balanced(chain, D | {"r": A}, temperature=0.3)
+    expected = A - 0.3 * (nats - nats.mean())
+    assert_near(found, expected.view(3, 1).expand(3, 5), 1e-3, 1e-2)
+
+
+class GaussianChain:
+    """A chain of T = 5 Gaussian steps of a flow in float64, where everything is known.
+
+    The denoiser of step k says slope_k x + offset_k of x (b, 2). theta = [offset (5, 2)] is learnt,
+    the base's is `base`. All trajectories start at the same point: so Z is one number.
+    """
+
+    def __init__(self, images):
+        torch.manual_seed(3)
+        self.device = torch.device("cpu")
+        self.config = types.SimpleNamespace(kl=0, group_size=images, batch_size=images // 2)
+        self.solver = baselines.GaussianSolver(None, "flow_prediction", 0.7)
+        self.solver.levels = torch.tensor([1, 0.8, 0.6, 0.4, 0.2, 0.0], dtype=torch.float64)
+        self.step_times = torch.arange(5)
+        self.slope = torch.randn(5, 1, dtype=torch.float64)
+        self.base = torch.randn(5, 2, dtype=torch.float64)
+        self.offset = self.base.clone().requires_grad_()
+        self.lora = types.SimpleNamespace(adapters={"theta": [self.offset]})
+        self.start = torch.tensor([0.3, -1.0], dtype=torch.float64)
+
+    def predict(self, x, t, condition, policy):
+        offset = self.base if policy is None else self.offset
+        return self.slope[t] * x + offset[t]
+
+    @torch.no_grad()
+    def sample(self):
+        """An iteration's trajectories, as Chain.sample has them."""
+        N = self.config.group_size
+        path = [self.start.expand(N, 2)]
+        outs = []
+        for step in range(5):
+            k = torch.full((N,), step)
+            outs.append(self.predict(path[-1], k, None, "theta"))
+            mean, std = self.solver.gaussian(path[-1], outs[-1], k)
+            path.append(mean + std * torch.randn(N, 2, dtype=torch.float64))
+        D = {"x_0": path[-1], "condition": {}}
+        return D | {"path": torch.stack(path, 1), "outs": torch.stack(outs, 1)}
+
+    @torch.no_grad()
+    def final(self, policy):
+        """Mean (2,) and variance of x_0: steps are affine, so that two points tell each."""
+        mean = self.start
+        variance = 0.0
+        for step in range(5):
+            k = torch.full((2,), step)
+            x = torch.stack([mean, mean + 1])
+            next_mean, std = self.solver.gaussian(x, self.predict(x, k, None, policy), k)
+            slope = (next_mean[1] - next_mean[0])[0].item()
+            mean = next_mean[0]
+            variance = slope**2 * variance + std[0].item() ** 2
+        return mean, variance
+
+
+def test_balance_has_the_tilted_distribution_as_its_optimum():
+    """RTB learns p_base exp(r / temperature) / Z: its closed form on Gaussians, in float64.
+
+    For r = g x_0 that is the base's Gaussian, moved by variance g / temperature. There each
+    trajectory's residual is 0, not only their mean: so learning ends to many digits.
+    """
+    chain = GaussianChain(images=32)
+    temperature = 0.5
+    g = torch.tensor([0.4, -0.2], dtype=torch.float64)
+    mean, variance = chain.final(None)
+    parts = baselines.parts("rtb", temperature=temperature)
+    optimizer = torch.optim.Adam([chain.offset], lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+    index = torch.arange(32).repeat(5)
+    k = torch.arange(5).repeat_interleave(32)
+    for _ in range(300):
+        D = chain.sample()
+        D["r"] = parts["weigh"](D["x_0"] @ g, torch.zeros(32), 5.0).double()
+        loss, _, _ = parts["losses"](chain, D, index, k, torch.zeros(160))
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        schedule.step()
+    learnt, learnt_variance = chain.final("theta")
+    assert (variance * g / temperature).norm() > 0.1
+    assert_near(learnt, mean + variance * g / temperature, 1e-4)
+    assert learnt_variance == pytest.approx(variance, abs=1e-12)
+    D = chain.sample()
+    D["r"] = D["x_0"] @ g
+    D["r"] -= D["r"].mean()
+    assert D["r"].std() > 0.1
+    residual = baselines.balanced(chain, D, temperature)
+    assert residual.abs().max() < 1e-3
 
 
 def test_flow_kl_is_the_closed_form():
