@@ -3,8 +3,10 @@
     python examples/studies/bench.py                                    # --model tiny
     python examples/studies/bench.py --model tiny-sd3 --repeats 9
     python examples/studies/bench.py --model sd15 --random-weights /tmp/random --precision bf16
+    python examples/studies/bench.py --simulate               # memory at full size, without a GPU
 
-Own flags: --repeats and --random-weights. All others are nft.py's (python nft.py --help).
+Own flags: --repeats, --random-weights and --simulate. All others are nft.py's (python nft.py
+--help). --simulate does none of this: see examples/studies/simulate.py.
 
 Two loops run on one network, through nft.collect and nft.optimize:
 
@@ -553,8 +555,20 @@ def main(argv=None):
     parser.add_argument(
         "--random-weights", type=Path, metavar="DIR", help="sd15 or sd3 without a download"
     )
+    parser.add_argument(
+        "--simulate",
+        nargs="?",
+        const="sd15,sdxl,sd3,flux",
+        metavar="MODELS",
+        help="print the peak memory of these at full size, simulated (sd15,sdxl,sd3,flux)",
+    )
     own, rest = parser.parse_known_args(argv)
     try:
+        if own.simulate is not None:
+            import simulate
+
+            simulate.main(own.simulate.split(","), rest)
+            return 0
         if own.random_weights is None:
             config = nft.parse(rest)
             name = config.model
