@@ -1,8 +1,14 @@
 """Figure 3 of the paper on a plane: v_old, v+, v- and Delta as arrows; Eq. (6) exact and learned.
 
     pip install matplotlib                      # the one package that nft.py itself does not need
-    python examples/studies/toy_2d.py           # two tables and runs/toy_2d.png, in under a minute
+    python examples/studies/toy_2d.py           # two tables and runs/toy_2d.png, in a minute
     python examples/studies/toy_2d.py --seed 1 --beta 0.5 --out toy.png
+    python examples/studies/toy_2d.py --no-negative     # likewise --eta 0.9, --z 1, --rounds 100
+
+Both committed pictures come from one command:
+
+    python examples/studies/toy_2d.py --out examples/studies/toy_2d.png \\
+        --animate examples/studies/toy_2d.gif
 
 The old policy is a ring of eight Gaussians under rectified flow. The reward r(x_0) = p(o=1 | x_0)
 is a Gaussian bump beside it. Products of Gaussians are Gaussians, so four things have closed forms,
@@ -23,19 +29,22 @@ the two terms is Delta. So v* = v_old + (2 / beta) Delta, which is Eq. (6): the 
 both branches pull the same way. As t falls, x_t gives x_0 away, and Delta, which is
 Cov[r, v | x_t], vanishes: the same noise is then a larger share of it. The adaptive loss of section
 3.3 moves v*, because each sample's own error weighs it. Therefore the distance here is squared.
+With --no-negative the first term alone is left, and v* = v_old + (v+ - v_old) / beta.
 
 Online: Algorithm 1 as in nft.py, with its adaptive loss, optimality_reward and soft update, from
 the same pretrained network, which is its own old policy. There is no KL term, so many more rounds
-would end at the reward's peak.
+would end at the reward's peak. --eta, --z and --rounds change this part alone.
 SPDX-License-Identifier: MIT
 """
 
 import argparse
 import copy
 import importlib.util
+import io
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,9 +137,14 @@ def exact_old(x_t, t):
     return exact_fields(x_t, t).v_old
 
 
-def optimum(x_t, t, beta):
-    """v* = v_old + (2 / beta) Delta, Eq. (6): (B, 2), (B, 1) -> (B, 2)."""
+def optimum(x_t, t, beta, negative=True):
+    """v* = v_old + (2 / beta) Delta, Eq. (6): (B, 2), (B, 1) -> (B, 2).
+
+    negative=False: that of Eq. (5) without its negative branch.
+    """
     fields = exact_fields(x_t, t)
+    if not negative:
+        return fields.v_old + (fields.v_positive - fields.v_old) / beta
     from_positive, _ = delta(fields)
     return fields.v_old + 2 / beta * from_positive
 
@@ -192,14 +206,21 @@ def flow_matching(net, x_0):
     return squared(net(x_t, t), v)
 
 
-def one_round(net, x_0, beta):
+def positive_only(x0_theta, x0_old, x_0, r, beta, distance=nft.adaptive_loss):
+    """Eq. (5) without its negative branch, with the arguments of nft.nft_loss: (B,)."""
+    # At r = 1 the loss is the positive branch.
+    branch = nft.nft_loss(x0_theta, x0_old, x_0, torch.ones_like(r), beta, distance)
+    return r * branch
+
+
+def one_round(net, x_0, beta, loss=nft.nft_loss):
     """Eq. (5) with the exact v_old: (B,).
 
-    nft.nft_loss mixes clean samples. Its two mixtures are affine, so it mixes velocities as well.
+    `loss` mixes clean samples. Its two mixtures are affine, so it mixes velocities as well.
     """
     t, x_t, v = noised(x_0)
     v_theta = net(x_t, t)
-    return nft.nft_loss(v_theta, exact_old(x_t, t), v, reward(x_0), beta, squared)
+    return loss(v_theta, exact_old(x_t, t), v, reward(x_0), beta, squared)
 
 
 @torch.no_grad()
@@ -220,34 +241,56 @@ def clean(net, x_t, t):
     return x_0
 
 
-def online(net, beta, iterations=40, n=512, updates=4, lr=3e-4):
+class Online(NamedTuple):
+    """Settings of `online`."""
+
+    iterations: int = 40
+    # Samples of an iteration, and solver steps of each.
+    n: int = 512
+    steps: int = 20
+    # Optimizer steps of an iteration.
+    updates: int = 4
+    lr: float = 3e-4
+    # As nft.py's --eta and --z.
+    eta: str = "0,0.001,0.5"
+    z: float = 5.0
+    loss: Callable = nft.nft_loss
+
+
+def online(net, beta, watch=None, **settings):
     """Algorithm 1 for one prompt, by clean samples as in nft.py.
 
-    Returns the trained network, and the mean reward of each iteration's samples.
+    settings: those of Online. watch(i, theta) is called after each iteration i, from 1, and with 0
+    before the first. Returns the trained network, and the mean reward of each iteration's samples.
     """
+    how = Online(**settings)
     theta = copy.deepcopy(net)
     old = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(theta.parameters(), lr)
+    optimizer = torch.optim.Adam(theta.parameters(), how.lr)
     rewards = []
-    for i in range(1, iterations + 1):
+    if watch:
+        watch(0, theta)
+    for i in range(1, how.iterations + 1):
         # Collect and score.
-        x_0 = sample(old, n)
+        x_0 = sample(old, how.n, how.steps)
         raw = reward(x_0)
-        r = nft.optimality_reward(raw, torch.zeros(n))
+        r = nft.optimality_reward(raw, torch.zeros(how.n), how.z)
         rewards.append(raw.mean().item())
         # Optimize.
-        for _ in range(updates):
+        for _ in range(how.updates):
             t, x_t, _ = noised(x_0)
             x0_theta = clean(theta, x_t, t)
             x0_old = clean(old, x_t, t)
             optimizer.zero_grad()
-            nft.nft_loss(x0_theta, x0_old, x_0, r, beta).mean().backward()
+            how.loss(x0_theta, x0_old, x_0, r, beta).mean().backward()
             optimizer.step()
         # Update the old policy.
-        eta = nft.soft_update_decay(i, "0,0.001,0.5")
+        eta = nft.soft_update_decay(i, how.eta)
         with torch.no_grad():
             for p_old, p in zip(old.parameters(), theta.parameters(), strict=True):
                 p_old.lerp_(p, 1 - eta)
+        if watch:
+            watch(i, theta)
     return theta, rewards
 
 
@@ -255,7 +298,7 @@ def online(net, beta, iterations=40, n=512, updates=4, lr=3e-4):
 
 
 @torch.no_grad()
-def errors(net, t, beta, n=20000):
+def errors(net, t, beta, n=20000, negative=True):
     """The network's RMS error against v* at time t, where the old policy puts x_t.
 
     Returns it as a share of the RMS of v*, and of the RMS of the step v* - v_old.
@@ -263,7 +306,7 @@ def errors(net, t, beta, n=20000):
     times = torch.full((n, 1), t).double()
     eps = torch.randn(n, 2).double()
     x_t = (1 - times) * draw_old(n) + times * eps
-    best = optimum(x_t, times, beta)
+    best = optimum(x_t, times, beta, negative)
     step = best - exact_old(x_t, times)
     error = (net(x_t, times) - best).square().mean()
     of_best = error / best.square().mean()
@@ -271,14 +314,14 @@ def errors(net, t, beta, n=20000):
     return of_best.sqrt().item(), of_step.sqrt().item()
 
 
-def print_errors(pretrained, learned, beta):
+def print_errors(pretrained, learned, beta, negative=True):
     """The first table: one round, at four times."""
     print("One round: error of v_theta as a share of v*, and of the step v* - v_old")
     print("(pretrained: the latter before the round)")
     print("  t     of v*   of the step   pretrained   Theorem 3.1: Delta both ways, difference")
     for t in (0.2, 0.4, 0.6, 0.8):
-        of_best, of_step = errors(learned, t, beta)
-        _, before = errors(pretrained, t, beta)
+        of_best, of_step = errors(learned, t, beta, negative=negative)
+        _, before = errors(pretrained, t, beta, negative=negative)
         times = torch.full((2000, 1), t).double()
         from_positive, from_negative = delta(exact_fields(draw_old(2000), times))
         apart = (from_positive - from_negative).abs().max()
@@ -308,11 +351,8 @@ def draw_field(ax, title, x_t, fields, scale=1.0):
     density = exact_fields(points, times).density.view(80, 80).T.numpy()
     square = [-2.1, 2.1, -2.1, 2.1]
     ax.imshow(density, origin="lower", extent=square, cmap="Greys", vmax=3 * density.max())
-    x, y = x_t.T.numpy()
     for field, color in fields:
-        dx, dy = (-0.2 * scale * field).T.numpy()
-        as_data = {"angles": "xy", "scale_units": "xy", "scale": 1}
-        ax.quiver(x, y, dx, dy, width=0.008, color=color, **as_data)
+        draw_arrows(ax, x_t, field, color, scale)
     star_x, star_y = ((1 - SHOWN) * PEAK).numpy()
     ax.plot(star_x, star_y, "k*", markersize=9)
     if scale != 1:
@@ -320,32 +360,46 @@ def draw_field(ax, title, x_t, fields, scale=1.0):
     ax.set_title(title)
 
 
-def draw_fields(axes, learned, beta):
-    """The six panels of arrows at t = SHOWN."""
+def draw_arrows(ax, x_t, field, color, scale=1.0):
+    """Arrows against a field (n, 2) at x_t (n, 2): the way that sampling moves."""
+    x, y = x_t.T.numpy()
+    dx, dy = (-0.2 * scale * field).T.numpy()
+    as_data = {"angles": "xy", "scale_units": "xy", "scale": 1}
+    ax.quiver(x, y, dx, dy, width=0.008, color=color, **as_data)
+
+
+def seen_points():
+    """Points x_t (n, 2) where the old policy goes at t = SHOWN, and t (n, 1)."""
     x_t, t = grid(-1.8, 1.8, 13)
     seen = exact_fields(x_t, t).density > 0.01
-    x_t = x_t[seen]
-    t = t[seen]
+    return x_t[seen], t[seen]
+
+
+def draw_fields(axes, learned, beta, negative=True):
+    """The six panels of arrows at t = SHOWN."""
+    x_t, t = seen_points()
     fields = exact_fields(x_t, t)
     step, _ = delta(fields)
-    best = optimum(x_t, t, beta)
-    of_best, _ = errors(learned, SHOWN, beta)
+    best = optimum(x_t, t, beta, negative)
+    of_best, _ = errors(learned, SHOWN, beta, negative=negative)
     # A small beta makes v* too long to draw.
     scale = min(1, 4 / best.norm(dim=1).max().item())
     grey = (fields.v_old, "0.6")
     draw_field(axes[0], "$v_{old}$", x_t, [grey, (fields.v_old, "C0")])
     positive = [grey, (fields.v_positive, "C2")]
     draw_field(axes[1], "$v^+$: posterior weighted by r", x_t, positive)
-    negative = [grey, (fields.v_negative, "C3")]
-    draw_field(axes[2], "$v^-$: weighted by 1 - r", x_t, negative)
+    bad = [grey, (fields.v_negative, "C3")]
+    draw_field(axes[2], "$v^-$: weighted by 1 - r", x_t, bad)
     draw_field(axes[3], r"$\Delta$", x_t, [(step, "C1")], scale=2)
     title = rf"Eq. (6): $v_{{old}} + (2/\beta)\,\Delta$, $\beta$ = {beta:g}"
+    if not negative:
+        title = rf"$v_{{old}} + (v^+ - v_{{old}})/\beta$, $\beta$ = {beta:g}"
     draw_field(axes[4], title, x_t, [grey, (best, "C4")], scale)
     title = rf"learned $v_\theta$: error {of_best:.1%}"
     draw_field(axes[5], title, x_t, [grey, (learned(x_t, t), "C4")], scale)
 
 
-def draw_samples(ax, name, x_0):
+def draw_samples(ax, title, x_0):
     """A histogram of samples x_0 (n, 2), with rings of equal reward."""
     x, y = x_0.T.numpy()
     ax.hist2d(x, y, 90, range=[(-3, 3), (-3, 3)], cmap="Greys")
@@ -355,37 +409,145 @@ def draw_samples(ax, name, x_0):
     ax.contour(x, y, height, [0.25, 0.5, 0.75], colors="C2")
     star_x, star_y = PEAK.numpy()
     ax.plot(star_x, star_y, "k*", markersize=9)
-    ax.set_title(f"samples {name}: mean reward {reward(x_0).mean():.2f}")
+    ax.set_title(title)
     ax.set_aspect("equal")
 
 
+def draw_curve(ax, title, rounds, rewards, last):
+    """Mean rewards over their rounds, on an axis that has room for round `last`."""
+    ax.plot(rounds, rewards, "C4.-")
+    ax.set_xlim(0, last + 0.5)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("round")
+    ax.set_title(title)
+    ax.set_box_aspect(1)
+
+
+def draw_key(ax):
+    """How to read the other panels."""
+    ax.set_axis_off()
+    ax.set_title("How to read this")
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    lines = [
+        (
+            "star",
+            "the reward's peak. At t = 0.5\nit is drawn at half its place,\nas $x_t$ is half $x_0$",
+        ),
+        ("C4", f"minus a field at t = {SHOWN}: the\nway that sampling moves"),
+        ("0.6", r"the same for $v_{old}$"),
+        ("ring", "reward 0.25, 0.5, 0.75"),
+        ("grey", "grey: density of $x_t$ under\n$v_{old}$, or of samples $x_0$"),
+    ]
+    heights = (0.88, 0.62, 0.44, 0.3, 0.12)
+    for (kind, text), y in zip(lines, heights, strict=True):
+        if kind == "star":
+            ax.plot(0.07, y, "k*", markersize=12)
+        elif kind == "ring":
+            ax.plot(0.07, y, "o", markersize=13, fillstyle="none", color="C2", markeredgewidth=2)
+        elif kind == "grey":
+            ax.plot(0.07, y, "s", markersize=13, color="0.75")
+        else:
+            straight = {"arrowstyle": "-|>", "color": kind, "linewidth": 2}
+            ax.annotate("", (0.14, y), (0.0, y), arrowprops=straight)
+        ax.text(0.19, y, text, va="center", fontsize=11)
+
+
 @torch.no_grad()
-def draw(path, learned, before, after, beta):
-    """Eight panels: v_old, v+, v-, Delta; Eq. (6), learned; samples before and after."""
+def draw(path, learned, samples, rewards, beta, negative=True):
+    """Ten panels: the fields; samples {"before": (n, 2), "after": (n, 2)}; the reward; a key."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7.9), layout="constrained")
-    axes = figure.subplots(2, 4).flatten()
-    draw_fields(axes, learned, beta)
-    draw_samples(axes[6], "before", before)
-    draw_samples(axes[7], "after", after)
-    arrows = "Arrows: minus the field, the way that sampling moves"
-    rest = "Grey: the density of $x_t$, or of samples; star: the reward's peak"
-    figure.suptitle(
-        f"{arrows}, at t = {SHOWN}; grey arrows: $v_{{old}}$\n{rest}; rings: reward 0.25, 0.5, 0.75"
-    )
+    figure = Figure(figsize=(16, 7.2), layout="constrained")
+    axes = figure.subplots(2, 5)
+    fields = [*axes[0, :4], *axes[1, :2]]
+    draw_fields(fields, learned, beta, negative)
+    draw_key(axes[0, 4])
+    for ax, (name, x_0) in zip(axes[1, 2:4], samples.items(), strict=True):
+        draw_samples(ax, f"$x_0$ {name}: mean reward {reward(x_0).mean():.2f}", x_0)
+    last = len(rewards)
+    draw_curve(axes[1, 4], "online: mean reward", range(1, last + 1), rewards, last)
     figure.savefig(path, dpi=90)
+
+
+class Recorder:
+    """Frames of an animation: called as `watch` of `online`."""
+
+    def __init__(self, rounds):
+        self.rounds = rounds
+        self.rewards = []
+        self.frames = []
+
+    @torch.no_grad()
+    def __call__(self, i, theta):
+        # The run's own random numbers stay as they are without an animation.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            x_0 = sample(theta, 6000)
+            eps = torch.randn_like(x_0)
+        self.rewards.append(reward(x_0).mean().item())
+        # Every second round is enough.
+        if i % 2 == 0:
+            self.frames.append(self.frame(i, theta, x_0, eps))
+
+    def frame(self, i, theta, x_0, eps):
+        """One picture: the samples x_0 (n, 2), the field, and the reward up to round i."""
+        from matplotlib.figure import Figure
+        from PIL import Image
+
+        figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        draw_samples(left, f"samples $x_0$ after round {i}", x_0)
+        x, y = ((1 - SHOWN) * x_0 + SHOWN * eps).T.numpy()
+        middle.hist2d(x, y, 60, range=[(-2.1, 2.1), (-2.1, 2.1)], cmap="Greys", vmax=40)
+        x_t, t = seen_points()
+        draw_arrows(middle, x_t, exact_old(x_t, t), "0.6")
+        draw_arrows(middle, x_t, theta(x_t, t), "C4")
+        star_x, star_y = ((1 - SHOWN) * PEAK).numpy()
+        middle.plot(star_x, star_y, "k*", markersize=9)
+        middle.set_title(rf"$x_t$ and $-v_\theta$ at t = {SHOWN}")
+        middle.set_aspect("equal")
+        title = f"mean reward: {self.rewards[-1]:.2f}"
+        draw_curve(right, title, range(i + 1), self.rewards, self.rounds)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=75)
+        return Image.open(buffer).convert("RGB")
+
+    def save(self, path):
+        """Write the GIF; the last frame stays longer."""
+        # One palette for all, so that what stands still does not flicker.
+        palette = self.frames[-1].quantize(64)
+        frames = [frame.quantize(palette=palette, dither=0) for frame in self.frames]
+        milliseconds = [200] * (len(frames) - 1) + [2000]
+        more = {"save_all": True, "append_images": frames[1:], "loop": 0, "optimize": True}
+        frames[0].save(path, duration=milliseconds, **more)
 
 
 def parse(argv):
     """The command line's settings."""
+    usual = Online()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--beta", type=float, default=1.0, help="beta of Eq. (5), > 0")
+    parser.add_argument("--rounds", type=int, default=usual.iterations, help="online, at least 1")
+    parser.add_argument("--eta", default=usual.eta, help="online: a constant or START,SLOPE,MAX")
+    parser.add_argument("--z", type=float, default=usual.z, help="online: Z_c in spreads, > 0")
+    parser.add_argument("--no-negative", action="store_true", help="drop Eq. (5)'s second term")
     parser.add_argument("--out", type=Path, default=Path("runs/toy_2d.png"))
+    parser.add_argument("--animate", type=Path, help="also write the rounds as a .gif")
     args = parser.parse_args(argv)
     if not 0 < args.beta < math.inf:
         parser.error(f"--beta {args.beta}: must be > 0; try 1")
+    if not 0 < args.z < math.inf:
+        parser.error(f"--z {args.z}: must be > 0; try {usual.z:g}")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1; try {usual.iterations}")
+    if args.animate and args.animate.suffix != ".gif":
+        parser.error(f"--animate {args.animate}: must end in .gif; try {args.animate}.gif")
+    try:
+        nft.soft_update_decay(1, args.eta)
+    except ValueError as error:
+        parser.error(f"--{error}; try {usual.eta}")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the figure needs matplotlib: pip install matplotlib")
     return args
@@ -399,28 +561,38 @@ def main(argv=None):
     torch.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     started = time.time()
+    negative = not args.no_negative
+    loss = nft.nft_loss if negative else positive_only
 
     def beta_round(net, x_0):
-        return one_round(net, x_0, args.beta)
+        return one_round(net, x_0, args.beta, loss)
 
     def beta_optimum(x_t, t):
-        return optimum(x_t, t, args.beta)
+        return optimum(x_t, t, args.beta, negative)
 
     net = fit(Net(), flow_matching)
     learned = fit(copy.deepcopy(net), beta_round)
-    print_errors(net, learned, args.beta)
-    theta, rewards = online(net, args.beta)
+    print_errors(net, learned, args.beta, negative)
+    recorder = Recorder(args.rounds) if args.animate else None
+    settings = {"iterations": args.rounds, "eta": args.eta, "z": args.z, "loss": loss}
+    theta, rewards = online(net, args.beta, recorder, **settings)
     before = sample(net, 20000)
     after = sample(theta, 20000)
+    best = "Eq. (6)" if negative else "optimum"
     samples = {
         "old policy, exact": draw_old(20000),
         "pretrained network": before,
-        "one round, Eq. (6) exact": sample(beta_optimum, 20000),
+        f"one round, {best} exact": sample(beta_optimum, 20000),
         "one round, learned": sample(learned, 20000),
         f"online, {len(rewards)} rounds": after,
     }
     print_rewards(samples)
-    draw(args.out, learned, before, after, args.beta)
+    shown = {"before": before, "after": after}
+    draw(args.out, learned, shown, rewards, args.beta, negative)
+    if recorder:
+        args.animate.parent.mkdir(parents=True, exist_ok=True)
+        recorder.save(args.animate)
+        print(f"{args.animate}, {args.animate.stat().st_size / 1e6:.2f} MB")
     print(f"{args.out}, {time.time() - started:.0f} s")
 
 

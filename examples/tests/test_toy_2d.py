@@ -100,8 +100,8 @@ def test_density_is_a_density(time):
     assert area * density.sum().item() == pytest.approx(1)
 
 
-def expected_loss(v_theta, v_old, x_t, time, beta):
-    """The expectation of nft.nft_loss given each x_t, over every x_0 of the grid: (6,)."""
+def expected_loss(v_theta, v_old, x_t, time, beta, loss=nft.nft_loss):
+    """The expectation of `loss` given each x_t, over every x_0 of the grid: (6,)."""
     x_0, weight = posterior(x_t, time)
     r = toy_2d.reward(x_0)
     losses = []
@@ -109,8 +109,8 @@ def expected_loss(v_theta, v_old, x_t, time, beta):
         v = (x_t[i] - x_0) / time
         theta = v_theta[i].expand_as(x_0)
         old = v_old[i].expand_as(x_0)
-        loss = nft.nft_loss(theta, old, v, r, beta, toy_2d.squared)
-        losses.append(weight[i] @ loss)
+        values = loss(theta, old, v, r, beta, toy_2d.squared)
+        losses.append(weight[i] @ values)
     return torch.stack(losses)
 
 
@@ -132,6 +132,20 @@ def test_eq_6_minimises_eq_5(time, beta):
     off = torch.randn_like(best)
     higher = expected_loss(best + off, v_old, x_t, time, beta)
     assert_close(higher - lowest, beta * off.square().sum(1))
+
+
+@TIMES
+@pytest.mark.parametrize("beta", (0.1, 2.0))
+def test_optimum_without_the_negative_branch(time, beta):
+    """The positive branch alone has its minimum at v_old + (v+ - v_old) / beta."""
+    x_t, t = some_points(time)
+    v_old = toy_2d.exact_old(x_t, t)
+    best = toy_2d.optimum(x_t, t, beta, negative=False).requires_grad_()
+    loss = expected_loss(best, v_old, x_t, time, beta, toy_2d.positive_only)
+    (gradient,) = torch.autograd.grad(loss.sum(), best)
+    assert_close(gradient, torch.zeros_like(best), rtol=0, atol=1e-9)
+    # It lies elsewhere than that of both branches.
+    assert (best - toy_2d.optimum(x_t, t, beta)).norm() > 0.01
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +208,67 @@ def test_solver_returns_the_old_policy():
     assert of_best > 1.5 * exact
 
 
+def mean_reward(net, **settings):
+    """Of samples after some rounds from `net`, all from the same noise."""
+    torch.manual_seed(0)
+    theta, _ = toy_2d.online(net, 1.0, iterations=25, lr=1e-3, **settings)
+    return toy_2d.reward(toy_2d.sample(theta, 2000)).mean().item()
+
+
+def test_switches_of_the_rounds(net):
+    """Without the negative branch the reward is lost, a large eta is slow, z changes the path."""
+    usual = mean_reward(net)
+    assert usual > 0.6
+    assert mean_reward(net, loss=toy_2d.positive_only) < 0.2
+    assert mean_reward(net, eta="0.9") < usual - 0.1
+    assert mean_reward(net, z=0.5) != usual
+    assert mean_reward(net, steps=3) > 0.5
+
+
 def test_picture_is_drawn(net, tmp_path):
     """A small beta, whose v* is long, is drawn, too."""
     pytest.importorskip("matplotlib")
     x_0 = toy_2d.draw_old(500)
-    toy_2d.draw(tmp_path / "toy.png", net, x_0, x_0, beta=0.05)
+    shown = {"before": x_0, "after": x_0}
+    toy_2d.draw(tmp_path / "toy.png", net, shown, [0.2, 0.3], beta=0.05)
     assert (tmp_path / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_animation_does_not_change_the_run(net, tmp_path):
+    """A recorded run ends with the same rewards; the file has a frame for every second round."""
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    torch.manual_seed(0)
+    _, usual = toy_2d.online(net, 1.0, iterations=4)
+    torch.manual_seed(0)
+    recorder = toy_2d.Recorder(4)
+    _, recorded = toy_2d.online(net, 1.0, recorder, iterations=4)
+    recorder.save(tmp_path / "toy.gif")
+    assert recorded == usual
+    with Image.open(tmp_path / "toy.gif") as film:
+        assert film.n_frames == 3
+
+
+def test_committed_pictures_are_small():
+    """The picture and the animation of the README: each under 1 MB."""
+    for name in ("toy_2d.png", "toy_2d.gif"):
+        assert (toy_2d.REPOSITORY / "examples/studies" / name).stat().st_size < 1e6
+
+
 @pytest.mark.parametrize(
-    "flags, message", (([], "pip install matplotlib"), (["--beta=0"], "must be > 0"))
+    "flags, message",
+    (
+        ([], "pip install matplotlib"),
+        (["--beta=0"], "--beta 0.0: must be > 0"),
+        (["--z=nan"], "--z nan: must be > 0"),
+        (["--rounds=0"], "--rounds 0: must be at least 1"),
+        (["--eta=2"], "--eta 2: must be a constant in [0, 1], or START,SLOPE,MAX"),
+        (["--animate=film.png"], "must end in .gif"),
+    ),
 )
 def test_refusals(flags, message, monkeypatch, capsys):
-    """No matplotlib, or no positive beta: one clear line before anything is learned."""
+    """No matplotlib, or a wrong flag: one clear line before anything is learned."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         toy_2d.main(flags)
