@@ -138,6 +138,9 @@ class Config:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 FLAGS = {name: "--" + name.replace("_", "-") for name in FIELDS}
+# The first flag of each group in --help.
+GROUPS = {"model": "model, reward and prompts", "out": "run", "iterations": "Algorithm 1"}
+GROUPS |= {"rank": "adapter and sampler", "precision": "hardware", "seed": "the rest"}
 
 TINY = dict(reward="examples/tiny/shapes.py:reward", prompts="examples/tiny/train.txt")
 TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2")
@@ -594,12 +597,12 @@ def jpeg(images, prompts, metadata):
 
 def aesthetic():
     """Make LAION aesthetics V2, about 1 to 10: five linear layers on an image by CLIP ViT-L/14."""
-    from transformers import AutoImageProcessor, CLIPModel
+    from transformers import CLIPImageProcessorPil, CLIPModel
     from transformers.utils import cached_file
 
     name = "openai/clip-vit-large-patch14"
     clip = CLIPModel.from_pretrained(name, dtype=torch.float32)
-    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    processor = CLIPImageProcessorPil.from_pretrained(name)
     file = cached_file("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
     head = torch.load(file, map_location="cpu", weights_only=True)
 
@@ -1105,6 +1108,9 @@ def tell(run, bar):
     if bar.disable:
         left = (run.config.iterations / row["iteration"] - 1) * row["seconds"] / 60
         say(f"iteration {row['iteration']:4d}   {progress}, {left:.0f} minutes left")
+    recent = [row["r_std"] for row in run.rows[-5:] if "r_std" in row]
+    if len(recent) == 5 and not any(recent):
+        say("five iterations in a row had equal rewards for each prompt, and taught nothing")
 
 
 @contextlib.contextmanager
@@ -1274,11 +1280,13 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=text, formatter_class=form, allow_abbrev=False)
     parser.error = refuse
     for name, field in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
         kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         text = f"{field.metadata['help']} ({field.default!r})"
-        parser.add_argument(FLAGS[name], default=argparse.SUPPRESS, help=text, **kind)
+        group.add_argument(FLAGS[name], default=argparse.SUPPRESS, help=text, **kind)
     return configure(**vars(parser.parse_args(argv)))
 
 

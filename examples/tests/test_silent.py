@@ -395,6 +395,16 @@ def test_help_shows_the_presets():
     text = start("--help").stdout.decode()
     assert "{'" not in text
     assert re.search(r"tiny-sd3 .*--lr 0.0015", text)
+    assert all(f"\n{title}:\n" in text for title in nft.GROUPS.values())
+
+
+def test_equal_rewards_are_told_when_they_last(tmp_path, capsys):
+    """Not of one iteration, which may be all right, but of five in a row."""
+    changes = {"reward": {"same": lambda images, *_: [1.0] * len(images)}, "eval_every": 9}
+    train("sd15", tmp_path / "four", iterations=4, **changes)
+    assert "in a row" not in capsys.readouterr().out
+    train("sd15", tmp_path / "five", iterations=5, **changes)
+    assert capsys.readouterr().out.count("five iterations in a row") == 1
 
 
 def test_evaluation_has_steps_of_its_own(tmp_path):
