@@ -2,7 +2,7 @@
 
     pip install gymnasium matplotlib
     python examples/studies/control.py              # a table and runs/control.png, three seeds
-    python examples/studies/control.py --quick      # one seed, 10 iterations
+    python examples/studies/control.py --quick      # one seed, 10 iterations: too few to gain
 
 The task is gymnasium's Pendulum-v1: swing a rod up by a motor that is too weak to lift it, and hold
 it. The policy is a small flow of four torques given the observation. It is cloned from a controller
