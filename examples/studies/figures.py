@@ -100,9 +100,10 @@ def split(row):
     """A row's settings, with its method's: those of nft.Config, and those of baselines.parts."""
     if not row.settings:
         return {}, {}
-    given = PINNED | row.settings
+    given = PINNED | rows.SCHEDULE
     if row.method != "nft":
-        given = PINNED | baselines.METHODS[row.method].settings | row.settings
+        given |= baselines.METHODS[row.method].settings
+    given |= row.settings
     own = {name: given.pop(name) for name in OWN if name in given}
     return given, own
 

@@ -179,7 +179,7 @@ def sweep_table(wanted, out, seed):
             f"{last['eval_reward']:.3f}",
             best,
             f"{sum(rewards) / len(rewards):.3f}",
-            f"{last['roughness']:.2f}",
+            f"{last['eval_roughness']:.2f}",
             f"{last['cpu'] / 60:.1f}",
         ]
         lines.append(line)

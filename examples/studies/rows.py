@@ -39,7 +39,8 @@ class Row:
     reuse: int = 1
 
 
-# The schedule of every row but where it says otherwise: presets may move, and theirs is coarser.
+# The schedule of every row but where it or its method says otherwise: presets may move, and theirs
+# is coarser.
 SCHEDULE = {"steps": 10, "eval_steps": 10, "train_times": 3, "warmup": 10}
 
 
@@ -205,7 +206,7 @@ def sweep_row(kind, key, iterations, eval_every, settings):
         more["ema"] = 0.9
     method = key.removesuffix("-sd3")
     name = "-".join([kind, key, *words])
-    return Row(name, method, method, model, iterations, SCHEDULE | settings | more)
+    return Row(name, method, method, model, iterations, settings | more)
 
 
 def sweep():
@@ -264,7 +265,7 @@ ABLATED_ITERATIONS = {"tiny": 12, "tiny-sd3": 16}
 def compared(key, model, iterations, **settings):
     """A row of a comparison: the method of TUNED[key]."""
     method = key.removesuffix("-sd3")
-    settings = SCHEDULE | settings | TUNED[key]
+    settings = settings | TUNED[key]
     return Row(f"{model}-{method}", LABELS[method], method, model, iterations, settings)
 
 
@@ -276,7 +277,7 @@ def ablated(name="default", model="tiny", change=None, reuse=1, **settings):
         method="nft",
         model=model,
         iterations=ABLATED_ITERATIONS[model],
-        settings=SCHEDULE | ABLATED[model] | settings,
+        settings=ABLATED[model] | settings,
         change=change,
         reuse=reuse,
     )
@@ -290,7 +291,7 @@ def signal_row(name="default", change=None, **settings):
         method="nft",
         model="tiny",
         iterations=12,
-        settings=SCHEDULE | TUNED["nft"] | {"eval_every": 2} | settings,
+        settings=TUNED["nft"] | {"eval_every": 2} | settings,
         change=change,
     )
 

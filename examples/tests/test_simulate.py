@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import nft
 
 TRACKERS = pytest.mark.parametrize("kind", (simulate.Tracker, simulate.Simulation))
-MODELS = pytest.mark.parametrize("name", ("sd15", "sdxl", "sd3", "flux"))
+MODELS = pytest.mark.parametrize("name", ("sd15", "flux"))
 
 
 @TRACKERS
@@ -89,6 +89,7 @@ def test_simulation_takes_no_memory():
         assert tracker.peak() == 6 << 44
         assert x.isfinite().all()
         assert x.sum().item() == 1
+        assert not x.mean() <= 0
         assert torch.arange(5).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -101,11 +102,9 @@ def pipeline(name):
 
 
 @MODELS
-def test_a_simulated_iteration_takes_what_a_real_one_does(name, monkeypatch):
+def test_a_simulated_iteration_takes_what_a_real_one_does(name):
     """The peaks of rollout and training are those that real tensors have, part by part."""
-    # So that the tiny models' tensors are fake.
-    monkeypatch.setattr(simulate, "SMALL", 64)
-    words = common.command_line(name, batch_size=2, group_size=2, reward="jpeg", kl=0.1)
+    words = common.command_line(name, steps=2, batch_size=2, group_size=2, reward="jpeg", kl=0.1)
     config = nft.parse(words)
 
     def make():
@@ -132,11 +131,12 @@ def test_without_text_encoders():
 def test_table(capsys, monkeypatch):
     """The table says that it is simulated; a row a batch size."""
     monkeypatch.setattr(simulate, "PIPELINES", {"sd15": lambda: pipeline("sd15")})
-    words = ["--simulate=sd15", "--rank=4", "--groups=1", "--group-size=8"]
+    monkeypatch.setattr(simulate, "BATCHES", (1, 2))
+    words = ["--simulate=sd15", "--rank=4", "--groups=1", "--group-size=2"]
     assert bench.main(words) == 0
     text = capsys.readouterr().out
     assert text.startswith("simulated, ")
-    assert re.findall(r"^\| sd15 32 \| (\d)", text, re.MULTILINE) == ["1", "4", "8"]
+    assert re.findall(r"^\| sd15 32 \| (\d)", text, re.MULTILINE) == ["1", "2"]
 
 
 def test_models_are_known(capsys):
