@@ -6,6 +6,7 @@ nft.train.
 SPDX-License-Identifier: MIT
 """
 
+import collections
 import dataclasses
 import functools
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -35,8 +37,8 @@ class Row:
     settings: dict
     # () -> parts of nft.train.
     change: Callable | None = None
-    # So many iterations train on the same images.
-    reuse: int = 1
+    # So many iterations train on the same images; 1/2: half of the images are trained on, once.
+    reuse: float = 1
 
 
 # The schedule of every row but where it or its method says otherwise: presets may move, and theirs
@@ -146,6 +148,129 @@ class Reuse:
             self.kept = nft.collect(model, rewards, numbered, key, policy)
         # A copy: nft.train empties its D at the end of an iteration.
         return dict(self.kept)
+
+
+class Literature:
+    """nft.pair_losses at times, and with noise, that are drawn otherwise.
+
+    shared: the images of a group have the same (t, eps), as V-GRPO's, arXiv 2604.23380.
+    stratified: an image's times lie in equal parts of the sampler's, one in each.
+    """
+
+    def __init__(self, shared=False, stratified=False):
+        self.shared = shared
+        self.stratified = stratified
+        self.iteration = 0
+        self.D = None
+        # So many pairs there were of each image of the iteration.
+        self.seen = collections.Counter()
+
+    def times(self, model, who):
+        """The times of an image, or group, in this iteration."""
+        g = nft.generator("times", model.config.seed, self.iteration, who)
+        order = torch.rand(len(model.times), generator=g).argsort()
+        if not self.stratified:
+            return model.times[order]
+        parts = torch.arange(len(model.times)).tensor_split(model.config.train_times)
+        return model.times[torch.stack([part[order[0] % len(part)] for part in parts])]
+
+    def __call__(self, model, D, index, t, eps):
+        """As nft.pair_losses, in one process."""
+        if D is not self.D:
+            self.D = D
+            self.iteration += 1
+            self.seen.clear()
+        times = []
+        noise = []
+        for image, own in zip(index.tolist(), eps, strict=True):
+            slot = self.seen[image]
+            self.seen[image] += 1
+            who = image
+            if self.shared:
+                who = image // model.config.group_size
+                g = nft.generator("noise", model.config.seed, self.iteration, who, slot)
+                own = torch.randn(own.shape, generator=g).to(own)
+            times.append(self.times(model, who)[slot])
+            noise.append(own)
+        return nft.pair_losses(model, D, index, torch.stack(times), torch.stack(noise))
+
+
+def literature(**settings):
+    """Parts for times and noise by Literature."""
+    return {"losses": Literature(**settings)}
+
+
+def by_rank(raw, groups, z):
+    """r by an image's rank among those of its prompt: from 0, the worst, to 1, the best."""
+    rewards = raw.view(len(groups.unique()), -1)
+    below = (rewards[:, :, None] > rewards[:, None]).double().sum(2)
+    # An image is its own equal.
+    equal = (rewards[:, :, None] == rewards[:, None]).double().sum(2) - 1
+    return ((below + equal / 2) / (rewards.shape[1] - 1)).flatten().float()
+
+
+def ranked():
+    """Parts for r by rank."""
+    return {"weigh": by_rank}
+
+
+def extreme_images(model, rewards, numbered, key, policy):
+    """nft.collect of twice as many images: each prompt's worst and best, half and half, are kept.
+
+    After Sol-RL, arXiv 2604.06916: many cheap candidates, of which the most different are trained.
+    """
+    D = nft.collect(model, rewards, numbered, key, policy)
+    if key == ("probe",):
+        # The trial image.
+        return D
+    more = [(i + len(numbered), *rest) for i, *rest in numbered]
+    others = nft.collect(model, rewards, more, key, policy)
+    K = model.config.group_size
+    candidates = [x["scores"]["reward"].view(-1, K) for x in (D, others)]
+    order = torch.cat(candidates, 1).argsort(dim=1, stable=True)
+    chosen = torch.cat([order[:, : K // 2], order[:, K // 2 - K :]], 1)
+    # Candidate j of a prompt is its image j of the first half, or j - K of the second.
+    first = torch.arange(len(chosen))[:, None] * K
+    index = (first + chosen % K + len(numbered) * (chosen >= K)).flatten()
+
+    def choose(x, y):
+        return torch.cat([x, y])[index.to(x.device)]
+
+    kept = {}
+    for name in ("x_0", "condition", "scores"):
+        kept[name] = nft.map_tensors(choose, D[name], others[name])
+    return D | kept
+
+
+def extremes():
+    """Parts for images that are chosen from twice as many."""
+    return {"collect": extreme_images}
+
+
+def half_resolution_images(model, rewards, numbered, key, policy):
+    """nft.collect of pictures of half the height and width, which are enlarged to be scored."""
+    if key == ("probe",):
+        return nft.collect(model, rewards, numbered, key, policy)
+    size = model.net.config.sample_size * model.pipe.vae_scale_factor
+    enlarged = []
+    for name, weight, function in rewards:
+
+        def score(images, prompts, metadata, function=function):
+            images = F.interpolate(images, (size, size), mode="bilinear")
+            return function(images, prompts, metadata)
+
+        enlarged.append(nft.Reward(name, weight, score))
+    own = model.settings
+    model.settings = own | {"height": size // 2, "width": size // 2}
+    try:
+        return nft.collect(model, enlarged, numbered, key, policy)
+    finally:
+        model.settings = own
+
+
+def half_resolution():
+    """Parts for rollouts at half the resolution."""
+    return {"collect": half_resolution_images}
 
 
 # ---- The sweep: what each method's settings were chosen from -------------------------------------
@@ -283,7 +408,7 @@ def ablated(name="default", model="tiny", change=None, reuse=1, **settings):
     )
 
 
-def signal_row(name="default", change=None, **settings):
+def signal_row(name="default", change=None, reuse=1, **settings):
     """A row on what an image is worth; without arguments the one that all others change."""
     return Row(
         name=f"signal-{name}",
@@ -293,7 +418,15 @@ def signal_row(name="default", change=None, **settings):
         iterations=12,
         settings=TUNED["nft"] | {"eval_every": 2} | settings,
         change=change,
+        reuse=reuse,
     )
+
+
+def order_of_work(name, iterations, **settings):
+    """A row on tiny-sd3 at the released code's learning rate, beta and average of theta here."""
+    settings = {"lr": 3e-3, "beta": 0.3, "ema": 0.9, "eval_every": 2} | settings
+    label = name.replace("-", " ")
+    return Row(f"order-{name}", label, "nft", "tiny-sd3", iterations, settings)
 
 
 def preset(model):
@@ -351,6 +484,22 @@ FIGURES = {
         signal_row("groups-8", groups=8, group_size=24),
         signal_row("groups-32", groups=32, group_size=6),
     ],
+    "released": [
+        # The released script's order of work, by nft.py.
+        order_of_work("released", 24, train_times=9, warmup=0, kl=2e-5),
+        order_of_work("10-steps", 32),
+        order_of_work("5-steps", 32, steps=5),
+        order_of_work("5-steps-2-times", 32, steps=5, train_times=2, warmup=3),
+        order_of_work("5-steps-1-time", 32, steps=5, train_times=1, warmup=3),
+    ],
+    "literature": [
+        signal_row(),
+        signal_row("shared", functools.partial(literature, shared=True)),
+        signal_row("stratified", functools.partial(literature, stratified=True)),
+        signal_row("rank", ranked),
+        signal_row("extremes", extremes, reuse=1 / 2, steps=3),
+        signal_row("half-resolution", half_resolution),
+    ],
     "precision": [
         signal_row(),
         signal_row("bf16", precision="bf16"),
@@ -369,6 +518,8 @@ TITLES = {
     "weighting": "Figure 9, weighting: default adaptive",
     "beta": "Figure 10, beta: default 1",
     "off-policy": "Images trained on k times: default once",
+    "released": "The released order of work, and coarser rollouts, on tiny-sd3",
+    "literature": "From the literature: default as above",
     "precision": "Precision of the base: default fp32",
     "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
 }
