@@ -1,6 +1,6 @@
 """Solutions of the exercises of lesson.ipynb, each a function that prints a small table.
 
-    python examples/lesson/solutions.py             # all, in about a minute of one core
+    python examples/lesson/solutions.py             # all, in half a minute of one core
     python examples/lesson/solutions.py 3 7         # the third and the seventh
     python examples/lesson/solutions.py --seed 1
 
@@ -200,10 +200,10 @@ def compare_predictions(seed=0):
 
 def check_eq_6(seed=0):
     """7. A world of three clean samples: Eq. (6) from the table, and by gradient descent."""
-    x_0 = torch.tensor([[-1.0], [0.5], [2.0]]).double()
-    r = torch.tensor([0.1, 0.5, 0.9]).double()
+    x_0 = torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64)
+    r = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     # p(x_0 | x_t) at one point x_t, which is all that Eq. (5) needs there.
-    posterior = torch.tensor([0.5, 0.3, 0.2]).double()
+    posterior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     x_t = 0.4
     t = 0.6
     beta = 0.5

@@ -317,6 +317,14 @@ class Clicker(threading.Thread):
             fetch(human.PERSON, "done", {"page": state["page"]})
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C interrupts: pytest-xdist's workers, and jobs of a script, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def by_key(key, prompt, pixels):
     """A judgement that depends on the picture alone: good, bad or none."""
     return (1, 0, None)[int(key, 16) % 3]

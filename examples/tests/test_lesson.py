@@ -105,7 +105,7 @@ def test_a_reward_without_a_top_is_hacked():
     """Exercise 5: the projection rises beyond the ring's 2, and the points leave the ring."""
     found = solutions.hack_a_reward()
     assert found["projection"][0] > 2.5
-    assert found["projection"][2] > 3 * found["cosine"][2]
+    assert found["projection"][2] > 2 * found["cosine"][2]
 
 
 def test_predictions_have_one_loss():
