@@ -477,12 +477,9 @@ class Model:
 
     @torch.no_grad()
     def sample(self, prompts, keys, policy):
-        """The pipeline's own picture of each prompt, from the noise of its key.
-
-        policy: "old" samples in --steps; "theta", "ema" and None, the base, in --eval-steps.
-        Returns x_0: latents (B, ...), fp32; images: (B, 3, H, W) in [0, 1]; condition: the
-        denoiser's arguments with a row an image.
-        """
+        """The pipeline's own picture of each prompt, from the noise of its key; `policy` "old" in
+        --steps, others in --eval-steps. Returns x_0: latents (B, ...), fp32; images: (B, 3, H, W)
+        in [0, 1]; condition: the denoiser's arguments with a row an image."""
         generators = [generator(*key) for key in keys]
         steps = self.config.steps if policy == "old" else self.eval_steps
         settings = self.settings | {"generator": generators, "num_inference_steps": steps}
@@ -879,8 +876,8 @@ def write_card(run, held_out):
     known = inspect.signature(type(pipe).__init__).parameters
     options = {k: x for k, x in model.options.items() if k == "variant" or k in known}
     draws = ""
-    takes_generator = "generator" in inspect.signature(pipe.scheduler.step).parameters
-    if takes_generator and not hasattr(pipe, "prepare_extra_step_kwargs"):
+    draws_noise = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    if draws_noise and not hasattr(pipe, "prepare_extra_step_kwargs"):
         # This pipeline does not hand its generators on.
         draws = "step = pipe.scheduler.step\npipe.scheduler.step = "
         draws += "lambda *args, **more: step(*args, generator=noise, **more)\n"
@@ -891,15 +888,11 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [text-to-image, lora, diffusion-nft]
 ---
-# {base} after DiffusionNFT
-
-A LoRA, trained on the reward {config.reward} by nft.py, arXiv 2509.16117. Sample it at the guidance
-and by the solver that it was trained with. This paints the first prompt below; it needs peft.
+A LoRA, trained on the reward {config.reward} by DiffusionNFT, arXiv 2509.16117. Sample it at the
+guidance and by the solver of its training. This paints the first prompt below; it needs peft.
 
 ```python
-import diffusers
-import torch
-
+import diffusers, torch
 options = {options}
 pipe = diffusers.DiffusionPipeline.from_pretrained({locate(base)!r}, dtype={model.dtype}, **options)
 pipe.to({str(model.device)!r})

@@ -21,6 +21,8 @@ COSTS = {
 # A low and a high accuracy.
 TARGETS = (0.5, 0.7)
 COMPARISONS = ("tiny", "tiny-sd3")
+# Figures whose tables have all costs.
+COSTLY = (*COMPARISONS, "signal", "released", "literature")
 NOTE = """An accuracy is that of 256 held-out prompts, one picture each, with a standard error of
 about 0.03; all rows share prompts and noise. `>` marks what was spent where the accuracy was not
 reached, and what rests on that (a ratio to an NFT run that did not reach it: `<`). Images are those
@@ -291,15 +293,34 @@ def figure_table(name, wanted, runs):
     if name == "default":
         return preset_table(wanted, runs)
     costs = ["images"]
-    if name in (*COMPARISONS, "signal"):
+    if name in COSTLY:
         costs = list(COSTS)
     return result_tables(wanted, runs, costs)
 
 
 # ---- Plots and pictures --------------------------------------------------------------------------
-# Okabe and Ito's, for all eyes.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
-MARKERS = "osD^v<"
+# Okabe and Ito's, for all eyes, and a brown and a grey. A method has the same in all plots.
+COLOURS = {
+    "nft": "#000000",
+    "ddpo": "#D55E00",
+    "dpok": "#0072B2",
+    "loop": "#009E73",
+    "coca": "#CC79A7",
+    "rtb": "#E69F00",
+    "rwr": "#56B4E9",
+    "rft": "#8C564B",
+    "flowgrpo": "#888888",
+}
+MARKERS = "osD^v<>PX"
+
+
+def styles(wanted):
+    """A colour and a marker a row: its method's, or where all rows are of one method its own."""
+    pairs = list(zip(COLOURS.values(), MARKERS, strict=True))
+    methods = list(COLOURS)
+    if len({row.method for row in wanted}) == 1:
+        return pairs[: len(wanted)]
+    return [pairs[methods.index(row.method)] for row in wanted]
 
 
 def draw_panel(axis, title, wanted, runs, cost):
@@ -307,7 +328,7 @@ def draw_panel(axis, title, wanted, runs, cost):
     import numpy as np
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    for row, colour, marker in zip(wanted, COLOURS, MARKERS, strict=False):
+    for row, (colour, marker) in zip(wanted, styles(wanted), strict=True):
         mine = runs[row.name].values()
         if not mine:
             continue
@@ -330,17 +351,20 @@ def draw_panel(axis, title, wanted, runs, cost):
         axis.xaxis.set_minor_formatter(NullFormatter())
     for target in TARGETS:
         axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
+        place = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "color": "gray"}
+        axis.text(0.01, target + 0.01, f"accuracy {target}", **place)
     axis.legend(fontsize=8)
 
 
 def plot(panels, runs, file):
-    """Draw panels (title, rows, cost), three a line, into a PNG."""
+    """Draw panels (title, rows, cost), at most three a line, into a PNG."""
     from matplotlib.figure import Figure
 
+    columns = min(3, len(panels))
     lines = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(13, 3.8 * lines), layout="constrained")
     for number, (title, wanted, cost) in enumerate(panels, 1):
-        axis = figure.add_subplot(lines, 3, number)
+        axis = figure.add_subplot(lines, columns, number)
         draw_panel(axis, title, wanted, runs, cost)
     figure.savefig(file, dpi=100)
 
@@ -419,8 +443,8 @@ def report(figures, seeds, out):
     for name, wanted in there.items():
         title = rows.TITLES[name]
         if name in COMPARISONS:
-            comparison += [(title, wanted, cost) for cost in COSTS]
-        elif name not in ("default", "sweep", "signal", "precision"):
+            comparison.append((title, wanted, "evaluations"))
+        elif name not in ("default", "sweep", "signal", "precision", "released", "literature"):
             ablations.append((title, wanted, "images"))
         if name != "sweep":
             pictures(wanted, out, seeds[0], out / f"grids-{name}.png")

@@ -219,6 +219,105 @@ def test_reuse_samples_every_kth_iteration(k):
     assert sampled == [(iteration - 1) % k == 0 for iteration in range(1, 8)]
 
 
+class Drawn:
+    """Stands for nft.pair_losses: notes the image, time and noise of each pair."""
+
+    def __init__(self, monkeypatch):
+        self.pairs = []
+        monkeypatch.setattr(nft, "pair_losses", self)
+
+    def __call__(self, model, D, index, t, eps):
+        for pair in zip(index.tolist(), t.tolist(), eps, strict=True):
+            self.pairs.append(pair)
+
+    def of_image(self, image):
+        """Its times, and its noise."""
+        mine = [(t, eps) for i, t, eps in self.pairs if i == image]
+        return [t for t, _ in mine], torch.stack([eps for _, eps in mine])
+
+
+def draw_literature(monkeypatch, **settings):
+    """The pairs of an iteration of two prompts with three images, three times each of nine."""
+    drawn = Drawn(monkeypatch)
+    config = SimpleNamespace(seed=0, group_size=3, train_times=3)
+    model = SimpleNamespace(config=config, times=torch.arange(9.0))
+    losses = rows.literature(**settings)["losses"]
+    index = torch.arange(6).repeat_interleave(3)
+    eps = torch.randn(18, 4)
+    # In batches that cut through an image.
+    D = {}
+    for part in torch.arange(18).split(4):
+        losses(model, D, index[part], torch.zeros(len(part)), eps[part])
+    return drawn, eps
+
+
+def test_shared_noise(monkeypatch):
+    """Images of a prompt have the same three times and noises; another prompt has its own."""
+    drawn, _ = draw_literature(monkeypatch, shared=True)
+    times, noise = drawn.of_image(0)
+    assert len(set(times)) == 3
+    for image in (1, 2):
+        assert drawn.of_image(image)[0] == times
+        assert torch.equal(drawn.of_image(image)[1], noise)
+    assert not torch.equal(drawn.of_image(3)[1], noise)
+
+
+def test_stratified_times(monkeypatch):
+    """Each image has a time of each third, and its own noise."""
+    drawn, eps = draw_literature(monkeypatch, stratified=True)
+    for image in range(6):
+        times, noise = drawn.of_image(image)
+        assert [int(t) // 3 for t in times] == [0, 1, 2]
+        assert torch.equal(noise, eps[3 * image : 3 * image + 3])
+
+
+def test_rank():
+    """r is the share of a prompt's other images that are worse; equal ones count half."""
+    raw = torch.tensor([3.0, 1, 2, 7, 7, 7, 0, 1, 1])
+    r = rows.by_rank(raw, torch.arange(9) // 3, None)
+    assert r.tolist() == [1, 0, 0.5, 0.5, 0.5, 0.5, 0, 0.75, 0.75]
+
+
+def test_extremes():
+    """Of twice as many images each prompt keeps its worst and best, with what belongs to them."""
+
+    def red(images, prompts, metadata):
+        return images[:, 0].mean((1, 2))
+
+    model = common.new_model("sd15", group_size=4)
+    rewards = [nft.Reward("red", 1.0, red)]
+    numbered = [(i, common.TEXTS[i // 4], {}) for i in range(8)]
+    D = rows.extreme_images(model, rewards, numbered, (0, 1), "old")
+    more = numbered + [(i + 8, *rest) for i, *rest in numbered]
+    both = nft.collect(model, rewards, more, (0, 1), "old")
+    raw = both["scores"]["reward"]
+    for prompt in range(2):
+        mine = slice(4 * prompt, 4 * prompt + 4)
+        candidates = [i for i in range(16) if i % 8 // 4 == prompt]
+        order = sorted(candidates, key=lambda i: raw[i])
+        kept = order[:2] + order[-2:]
+        assert_close(D["scores"]["reward"][mine], raw[kept])
+        assert_close(D["x_0"][mine], both["x_0"][kept], atol=1e-5, rtol=1e-5)
+
+
+def test_half_resolution():
+    """Rollouts have half the height and width; rewards see whole pictures; settings stay."""
+    model = common.new_model("sd15")
+    seen = []
+
+    def size(images, prompts, metadata):
+        seen.append(images.shape[-1])
+        return [0.0] * len(images)
+
+    numbered = [(0, common.TEXTS[0], {})]
+    before = dict(model.settings)
+    D = rows.half_resolution_images(model, [nft.Reward("x", 1.0, size)], numbered, (0, 1), "old")
+    whole = nft.collect(model, [], numbered, (0, 1), "old")
+    assert 2 * D["x_0"].shape[-1] == whole["x_0"].shape[-1]
+    assert seen == [whole["images"].shape[-1]]
+    assert model.settings == before
+
+
 # ---- What runs cost ------------------------------------------------------------------------------
 def test_seconds_leave_out_loading_and_evaluation(tmp_path):
     """Where each rewarded image takes a second, `cpu` is the number of images trained on."""
@@ -477,6 +576,16 @@ def test_report(tmp_path, capsys):
     assert not any(line.startswith("| NFT / NFT") for line in lines)
     names = {file.name for file in tmp_path.glob("*.png")}
     assert names == {"comparison.png", "grids-tiny.png"}
+
+
+def test_a_method_has_one_colour():
+    """Whatever else a plot shows; rows of one method are told apart."""
+    tiny = report.styles(rows.FIGURES["tiny"])
+    assert len(set(tiny)) == len(rows.FIGURES["tiny"])
+    assert report.styles(rows.FIGURES["tiny-sd3"])[0] == tiny[0]
+    for wanted in rows.FIGURES.values():
+        if wanted != rows.FIGURES["sweep"]:
+            assert len(set(report.styles(wanted))) == len(wanted)
 
 
 def test_images_count_once(tmp_path):
