@@ -35,7 +35,6 @@ import importlib.util
 import inspect
 import io
 import json
-import logging
 import math
 import os
 import random
@@ -342,17 +341,6 @@ def map_tensors(f, *trees):
     return tree_map(lambda x, *others: f(x, *others) if torch.is_tensor(x) else x, *trees)
 
 
-HEARD = set()
-
-
-def is_new(record):
-    """Is this the first record of the log from its line of code?"""
-    place = (record.pathname, record.lineno)
-    new = place not in HEARD
-    HEARD.add(place)
-    return new
-
-
 def load_pipeline(config, dtype):
     """The pipeline of --model, and the options that it was loaded with: without its safety checker,
     which would black images out. Raises UserError."""
@@ -376,10 +364,6 @@ def load_pipeline(config, dtype):
             off["variant"] = "fp16"
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
     pipe.set_progress_bar_config(disable=True)
-    # From here on its own warnings are printed, each once: of prompts that are cut, for one.
-    diffusers.utils.logging.set_verbosity_warning()
-    HEARD.clear()
-    logging.getLogger("diffusers").handlers[0].addFilter(is_new)
     return pipe, off
 
 
@@ -524,10 +508,15 @@ class Model:
     def probe(self):
         """Sample once, and set self.times (S,), those of evaluation in the denoiser's unit;
         self.time_scale, this unit over the solver's; self.shared. Raises UserError."""
+        from diffusers.utils import logging
+
         names = ("model", "solver", "steps", "eval_steps", "guidance", "resolution")
         settings = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
+        # Of settings that it does not take the pipeline warns once.
+        logging.set_verbosity_warning()
         with blame(f"{settings}: must fit each other, and text to image", "change one of them"):
             _, *shape = self.sample([""], [("probe",)], policy=None)["images"].shape
+        logging.set_verbosity_error()
         size = self.config.resolution
         if shape != [3, size or shape[1], size or shape[2]]:
             self.refuse(f"must paint red, green, blue of --resolution {size}, not {shape}")
@@ -554,6 +543,17 @@ class Model:
         theirs = torch.cat([step.level for step in self.steps], 1)
         if not (torch.stack(levels).cpu() - theirs).abs().max() < 0.02:
             self.refuse("its solver must visit the noise levels that its times stand for")
+
+    def text_encoders(self):
+        """(name, tokenizer, number of tokens that it is given of a prompt) of each text encoder."""
+        known = inspect.signature(self.pipe.__call__).parameters
+        for name, encoder in self.pipe.components.items():
+            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None)
+            if name.startswith("text_encoder") and encoder and tokenizer:
+                limit = tokenizer.model_max_length
+                if "max_sequence_length" in known and "CLIP" not in type(encoder).__name__:
+                    limit = self.config.max_sequence_length or known["max_sequence_length"].default
+                yield name, tokenizer, limit
 
     def predict(self, x_t, t, condition, policy):
         """The denoiser's output in fp32, like x_t (B, ...), at its times t (B,); see `sample`."""
@@ -797,6 +797,14 @@ def say(text):
         tqdm.write(text.encode(encoding, "replace").decode(encoding))
 
 
+def say_cut(who, tokenizer, limit, prompts):
+    """Say how many prompts have more tokens than `who` takes: it does not see what follows."""
+    lengths = [len(tokens) for tokens in tokenizer(prompts).input_ids]
+    cut = sum(length > limit for length in lengths)
+    if cut:
+        say(f"{cut} of {len(prompts)} prompts are cut: {who} takes {limit} tokens")
+
+
 def write_file(path, write):
     """Let write(file) write a binary file, then rename it: whoever reads `path` finds it whole."""
     if RANK == 0:
@@ -836,9 +844,12 @@ def open_run(config, model, rewards, prompts):
         (run.dir / "samples").mkdir(parents=True, exist_ok=True)
         write_text(run.dir / "config.json", json.dumps(vars(config), indent=1, default=str))
         write_card(run, held_out)
-    both = {prompt for prompt, _ in trained} & {prompt for prompt, _ in held_out}
+    distinct = list(dict(trained + held_out))
+    both = dict(trained).keys() & dict(held_out).keys()
     warning = f"; {len(both)} of these are trained on, so they are not held out" if both else ""
     say(f"{len(trained)} prompts to train on, {len(held_out)} to evaluate on{warning}")
+    for name, tokenizer, limit in model.text_encoders():
+        say_cut(f"the pipeline's {name}", tokenizer, limit, distinct)
     return run
 
 

@@ -92,6 +92,18 @@ class Clip:
         return F.normalize(embeddings, dim=-1)
 
 
+def tells_cuts(name, tokenizer, limit=77):
+    """A reward's `check`: it says how many prompts have more tokens than the reward sees.
+
+    tokenizer: its repository.
+    """
+
+    def check(prompts, metadata):
+        nft.say_cut(f"the reward {name}", load(make_tokenizer, tokenizer), limit, prompts)
+
+    return check
+
+
 @torch.no_grad()
 def reward(images, prompts, metadata):
     """CLIPScore as a cosine, about 0.1 to 0.4: image against prompt by CLIP ViT-L/14.
@@ -100,3 +112,6 @@ def reward(images, prompts, metadata):
     """
     clip = Clip(CLIP, images.device)
     return (clip.images(images) * clip.texts(prompts)).sum(1)
+
+
+reward.check = tells_cuts("clip", CLIP)

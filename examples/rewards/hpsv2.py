@@ -19,7 +19,7 @@ import re
 
 import torch
 import torch.nn.functional as F
-from clip import load, make_tokenizer
+from clip import load, make_tokenizer, tells_cuts
 
 REPOSITORY = "xswu/HPSv2"
 FILE = "HPS_v2.1_compressed.pt"
@@ -165,3 +165,6 @@ def reward(images, prompts, metadata):
     pixels = preprocess(images, model.config.vision_config.image_size)
     image = model.get_image_features(pixels).pooler_output
     return F.cosine_similarity(image, text)
+
+
+reward.check = tells_cuts("hpsv2", TOKENIZER)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clip import load, make_tokenizer
+from clip import load, make_tokenizer, tells_cuts
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -194,3 +194,6 @@ def reward(images, prompts, metadata):
         return_tensors="pt",
     )
     return model(pixels.to(images.device), tokens.to(images.device))
+
+
+reward.check = tells_cuts("imagereward", TOKENIZER, TOKENS)

@@ -9,7 +9,7 @@ SPDX-License-Identifier: MIT
 """
 
 import torch
-from clip import Clip
+from clip import Clip, tells_cuts
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
 PREPROCESSING = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -24,3 +24,6 @@ def reward(images, prompts, metadata):
     clip = Clip(REPOSITORY, images.device, PREPROCESSING)
     cosine = (clip.images(images) * clip.texts(prompts)).sum(1)
     return clip.model.logit_scale.exp() / 26 * cosine
+
+
+reward.check = tells_cuts("pickscore", PREPROCESSING)

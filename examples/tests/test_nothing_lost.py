@@ -239,8 +239,11 @@ def test_long_prompts(tmp_path, name):
     words = common.command_line(name, out=tmp_path / "run", **changes)
     call = [sys.executable, common.REPOSITORY / "nft.py", *words]
     done = subprocess.run(call, capture_output=True, text=True, check=True)
-    # SD3 says it at two places of its code.
-    assert 1 <= done.stderr.count("was truncated") <= 2
+    said = done.stdout.splitlines()
+    cut = [line for line in said if line.startswith("9 of 9 prompts are cut")]
+    # SD3 has two CLIPs and a T5.
+    assert len(cut) == {"sd15": 1, "sd3": 3}[name]
+    assert "truncated" not in done.stderr
 
 
 # ---- What a failure leaves behind --------------------------------------------------------------

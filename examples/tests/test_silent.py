@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import clip
 import common
 import numpy as np
 import pytest
@@ -279,13 +281,45 @@ def test_mended_lines_and_edited_rewards_go_on_and_are_told(kennels, capsys):
 
 
 # ---- The pipeline --------------------------------------------------------------------------------
-def test_cut_prompts_are_told(tmp_path):
-    """What a text encoder cuts, of held-out prompts as well, diffusers says."""
-    (tmp_path / "p.txt").write_text("a cat\n")
+class Words:
+    """A tokenizer: a word is a token."""
+
+    def __call__(self, prompts):
+        return types.SimpleNamespace(input_ids=[prompt.split() for prompt in prompts])
+
+
+def test_cut_prompts_are_told(tmp_path, capsys):
+    """What text encoders cut, of held-out prompts as well, is said by encoder and number."""
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
     (tmp_path / "e.txt").write_text("a red circle " * 60 + "\n")
     prompts = {"prompts": tmp_path / "p.txt", "eval_prompts": tmp_path / "e.txt"}
-    done = start(*common.command_line("sd15", out=tmp_path / "run", **prompts))
-    assert b"was truncated because CLIP can only handle" in done.stderr
+    for name in ("sd15", "flux"):
+        run(name, tmp_path / name, max_sequence_length=None, **prompts)
+    said = capsys.readouterr().out.splitlines()
+    cut = [line for line in said if "are cut" in line]
+    # FLUX gives its T5, text_encoder_2, 512 tokens, so that nothing is cut there.
+    assert cut == ["1 of 3 prompts are cut: the pipeline's text_encoder takes 12 tokens"] * 2
+
+
+def test_max_sequence_length_cuts(tmp_path, capsys):
+    """--max-sequence-length is what a T5 takes, and CLIP its own number."""
+    (tmp_path / "p.txt").write_text("a red circle\na red circle and a blue cross\n")
+    file = tmp_path / "p.txt"
+    changes = {"prompts": file, "eval_prompts": file, "max_sequence_length": 6}
+    run("flux", tmp_path / "run", **changes)
+    cut = [line for line in capsys.readouterr().out.splitlines() if "are cut" in line]
+    assert cut == ["1 of 2 prompts are cut: the pipeline's text_encoder_2 takes 6 tokens"]
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2", "imagereward"])
+def test_rewards_tell_what_they_cut(name, monkeypatch, capsys):
+    """A reward that reads prompts says how many it does not see whole."""
+    monkeypatch.setattr(clip, "load", lambda make, repository: Words())
+    reward = importlib.import_module(name).reward
+    reward.check(["a red circle", "a red circle " * 40], [{}, {}])
+    limit = 35 if name == "imagereward" else 77
+    said = f"1 of 2 prompts are cut: the reward {name} takes {limit} tokens"
+    assert capsys.readouterr().out.splitlines() == [said]
 
 
 def test_a_resolution_that_is_rounded_is_refused(tmp_path, capsys):
