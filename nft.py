@@ -12,17 +12,17 @@ where the code differs from it; README.md lists these places.
     symbol    here           meaning
     x_0       x_0            a clean sample: the pipeline's final latents
     x_t       x_t            alpha_t x_0 + sigma_t eps, with eps ~ N(0, I): the forward process
-    t         t              in the denoiser's own unit: 0 to 999 for SD and SD3, 0 to 1 for FLUX
+    t         t              in the denoiser's own unit: to 999 for SD, 1000 for SD3, 1 for FLUX
     c         prompt, condition  the prompt, and what the denoiser is given of it
     v_theta   out_theta      the trained denoiser's output (of any prediction); x0_theta as sample
     v_old     out_old        the sampling policy, which follows theta slowly; x0_old as sample
     v_ref     out_ref        the model before training: its adapter is off
-    v+, v-    x0_positive/negative  the implicit policies of Eq. (5), as samples
+    v_theta+- x0_positive/negative  the implicit policies of Eq. (5), as samples
     r_raw, r  raw, r         the reward, and the optimality in [0, 1] that it is normalised to
     beta      beta           how far the implicit policies lie from v_old, Eq. (5)
     eta_i     eta            share of theta_old that stays after iteration i, Algorithm 1 line 14
     Z_c, K    z, group_size  Z_c = z * std of the rewards; K images a prompt
-    D         D              an iteration's images and, from line 6 on, their r
+    D         D              an iteration's x_0 (lines 3 and 6), what belongs to them, and their r
 
 SPDX-License-Identifier: MIT
 """
@@ -65,12 +65,12 @@ class UserError(Exception):
 
 
 def reason(error):
-    """An exception in one line: its type, the end of its text, and the user's own FILE:LINE."""
+    """An exception in one line: its type, its text, and the user's own FILE:LINE."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if len(text) > 400:
-        # Libraries are plain at the start or at the end.
+        # Libraries are plain at the start or at the end, seldom in between.
         text = f"{text[:150]} ... {text[-250:]}"
     text = f"{type(error).__name__}: {text}"
     ours = reason.__code__.co_filename
@@ -111,7 +111,7 @@ class Config:
     groups: int = flag(16, "prompts an iteration", low=1)
     group_size: int = flag(12, "images a prompt, K", low=2)
     batch_size: int = flag(4, "images in one forward pass: memory and speed", low=1)
-    updates: int = flag(1, "optimizer steps an iteration, which share its images", low=1)
+    updates: int = flag(1, "optimizer steps an iteration: each takes its part of the images", low=1)
     train_times: int = flag(2, "noise levels t an image, at most those of the sampler", low=1)
     lr: float = flag(3e-4, "learning rate of AdamW", low=1e-9)
     warmup: int = flag(10, "optimizer steps over which the learning rate rises", low=0)
@@ -144,7 +144,8 @@ GROUPS |= {"rank": "adapter and sampler", "precision": "hardware", "seed": "the 
 TINY = dict(reward="examples/tiny/shapes.py:reward", prompts="examples/tiny/train.txt")
 TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2")
 TINY |= dict(batch_size=64, updates=4, train_times=3)
-# Rollouts may be coarser than evaluation: clean pictures are learned from rough ones.
+# Departs from section 4: rollouts are coarser than evaluation. Clean pictures are learned from
+# rough ones.
 QUICK = dict(iterations=16, steps=5, eval_steps=10, eval_every=8)
 TINY_SD3 = dict(iterations=130, lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20, max_sequence_length=2)
 PRESETS = {  # defaults that a model replaces; a flag always wins
@@ -153,7 +154,7 @@ PRESETS = {  # defaults that a model replaces; a flag always wins
     "sd15": dict(kl=0.1, solver="dpm2"),
     "sdxl": dict(kl=0.1, solver="dpm2"),
     "sd3": dict(resolution=512, solver="dpm2"),
-    # Guidance is an input of this distilled model, not a second forward pass.
+    # Departs from section 4, which has no guidance: to this distilled model it is an input.
     "flux": dict(resolution=512, guidance=3.5),
 }
 MODELS = dict(sdxl="stabilityai/stable-diffusion-xl-base-1.0", flux="black-forest-labs/FLUX.1-dev")
@@ -165,7 +166,7 @@ MODELS |= {"sd3": "stabilityai/stable-diffusion-3.5-medium", "tiny-sd3": "exampl
 def alpha_sigma(t, alphas_cumprod=None):
     """alpha_t, sigma_t of x_t = alpha_t x_0 + sigma_t eps (section 2), shaped like t.
 
-    t: in [0, 1] for a rectified flow, else in [0, T - 1]; then alphas_cumprod (T,) is alpha^2.
+    t: for a rectified flow in [0, 1]; else in [0, T - 1], and alphas_cumprod (T,) has alpha_t^2.
     """
     if alphas_cumprod is None:
         return 1 - t, t
@@ -198,16 +199,19 @@ def optimality_reward(raw, groups, z=5.0):
     groups = torch.as_tensor(groups, device=raw.device)
     if not raw.isfinite().all():
         raise ValueError("a reward is not finite")
-    # Line 4, ...
+    # Line 4's mean over the images of one prompt.
     mean = torch.stack([raw[groups == group].mean() for group in groups])
     # Departs from section 3.3, as the released code: Z_c is the spread of the whole iteration.
     Z_c = z * (raw.std(correction=0) + 1e-4)
-    # ... and line 5.
+    # Lines 4 and 5: the reward less this mean, over Z_c, clipped, moved into [0, 1].
     return (0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)).float()
 
 
 def adaptive_loss(x0_hat, x_0):
-    """||x0_hat - x_0||^2 / sg(mean |x0_hat - x_0|), section 3.3, for Eq. (1)'s w(t): -> (B,)."""
+    """||x0_hat - x_0||^2 / sg(mean |x0_hat - x_0|), section 3.3, for Eq. (1)'s w(t): -> (B,).
+
+    ||.||^2 is a mean over elements.
+    """
     error = (x0_hat - x_0).flatten(1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
@@ -217,8 +221,11 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
 
     x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and the old policy;
     no gradient flows into the latter. x_0: (B, ...), the sampled images. r: (B,), in [0, 1].
-    With squared distances the optimum is v_old + (2 / beta) Delta, Eq. (6), with Eq. (4)'s Delta:
-    Eq. (3)'s v_old + Delta / beta, twice as far.
+
+    Eq. (4): Delta = alpha(x_t) (v+ - v_old) = [1 - alpha(x_t)] (v_old - v-) leads to better images,
+    with v+ and v- the velocities of the positive and of the negative ones. Eq. (3) aims at
+    v_old + Delta / beta. With squared distances the optimum of this loss lies twice as far, at
+    v_old + (2 / beta) Delta: Eq. (6).
     """
     x0_old = x0_old.detach()
     # The paper mixes velocities:
@@ -228,9 +235,10 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
     # one: so the clean samples of these mixtures are the same mixtures of the clean samples.
     x0_positive = (1 - beta) * x0_old + beta * x0_theta
     x0_negative = (1 + beta) * x0_old - beta * x0_theta
+    # The loss of line 12, Eq. (5): r weights the positive branch, 1 - r the negative one.
     loss = r * distance(x0_positive, x_0) + (1 - r) * distance(x0_negative, x_0)
-    # Departs from Eq. (5), as the released code, whose further factor of 5 is left out: divided by
-    # beta, so that beta moves the optimum and not the size of the gradient.
+    # Departs from Eq. (5): divided by beta, as in the released code (but for its factor of 5), so
+    # that beta moves the optimum and not the size of the gradient.
     return loss / beta
 
 
@@ -327,7 +335,7 @@ SOLVERS |= {"dpm2": "DPMSolverMultistep", "dpm2-sde": "DPMSolverMultistep"}
 
 
 def locate(path):
-    """A path as it is, or else beside nft.py: presets work from any directory. UserError."""
+    """A path as it is; examples/... else beside nft.py, so that presets work from anywhere."""
     beside = Path(__file__).resolve().parent / path
     if os.path.exists(path) or not path.startswith("examples/"):
         return path
@@ -408,8 +416,9 @@ def solver_level(scheduler, t):
     return x_t
 
 
-# What `sample` hears: t, the other arguments and the output of each call of the denoiser; and t,
-# the denoiser's output, the next x_t and (alpha_t, sigma_t) of each step of the solver.
+# What `sample` hears. Call, of each call of the denoiser: t, its other arguments, its output. Step,
+# of each step of the solver: t, the output that it is given (with guidance the guided one), the
+# next x_t, and (alpha_t, sigma_t).
 Call = namedtuple("Call", "t arguments out")
 Step = namedtuple("Step", "t out sample level")
 
@@ -427,16 +436,15 @@ class Model:
         scheduler = self.pipe.scheduler
         flow = is_flow(scheduler)
         self.prediction = "flow_prediction" if flow else scheduler.config.get("prediction_type")
-        self.alphas_cumprod = None if flow else getattr(scheduler, "alphas_cumprod", None)
-        known = flow or self.prediction in ("epsilon", "v_prediction")
-        if self.net is None or not known or (self.alphas_cumprod is None and not flow):
+        discrete = hasattr(scheduler, "alphas_cumprod")
+        known = flow or (discrete and self.prediction in ("epsilon", "v_prediction"))
+        if self.net is None or not known:
             self.refuse("must have one denoiser, unet or transformer, of flow, epsilon or v")
+        self.alphas_cumprod = None if flow else scheduler.alphas_cumprod.to(self.device)
         self.signature = inspect.signature(self.net.forward)
         # The argument that takes x_t: "sample" or "hidden_states".
         self.input = next(iter(self.signature.parameters))
         self.T = scheduler.config.num_train_timesteps
-        if not flow:
-            self.alphas_cumprod = self.alphas_cumprod.to(self.device)
         if config.solver:
             self.pipe.scheduler = pick_solver(config.solver, scheduler)
         self.eval_steps = config.eval_steps or config.steps
@@ -457,6 +465,7 @@ class Model:
             self.net.enable_gradient_checkpointing()
 
     def refuse(self, rule):
+        """Raise the UserError that this pipeline is none for us."""
         raise UserError(f"--model {self.config.model}: {rule}; take another text-to-image pipeline")
 
     @torch.no_grad()
@@ -511,10 +520,10 @@ class Model:
         from diffusers.utils import logging
 
         names = ("model", "solver", "steps", "eval_steps", "guidance", "resolution")
-        settings = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
+        flags = ", ".join(f"{FLAGS[name]} {getattr(self.config, name)}" for name in names)
         # Of settings that it does not take the pipeline warns once.
         logging.set_verbosity_warning()
-        with blame(f"{settings}: must fit each other, and text to image", "change one of them"):
+        with blame(f"{flags}: must fit each other, and text to image", "change one of them"):
             _, *shape = self.sample([""], [("probe",)], policy=None)["images"].shape
         logging.set_verbosity_error()
         size = self.config.resolution
@@ -523,6 +532,14 @@ class Model:
         times = torch.cat([call.t for call in self.calls])
         self.times = times.unique()
         self.time_scale = times[0].item() / (self.steps[0].t or 1)
+        self.find_shared()
+        with blame(f"{flags}: times must be those of the model's training", "change one"):
+            # A pipeline may call its denoiser several times a step.
+            levels = self.noise_level(times[:: len(times) // len(self.steps)])
+        self.check_solver(torch.stack(levels).cpu())
+
+    def find_shared(self):
+        """Set self.shared, the denoiser's arguments without a row an image."""
         first = self.calls[0]
         for name, value in first.arguments.items():
             tensors = filter(torch.is_tensor, tree_leaves(value))
@@ -531,17 +548,18 @@ class Model:
                 self.refuse(f"its denoiser's {name} must have a row an image throughout")
             if not all(rows):
                 self.shared[name] = map_tensors(torch.clone, value)
+
+    def check_solver(self, levels):
+        """Refuse a solver of other calls, signs or noise levels than (alpha_t, sigma_t) (2, S)."""
         if self.config.guidance > 1 and len(self.calls) != len(self.steps):
             self.refuse("must guide in one call of its denoiser a step")
         # Some negate its output, which predict_x0 would take for the other velocity. The last row
         # is, with guidance, the conditional one.
         if (self.calls[-1].out[-1].float() * self.steps[-1].out[-1].float()).sum() <= 0:
             self.refuse("its solver must be given the denoiser's output with its own sign")
-        with blame(f"{settings}: times must be those of the model's training", "change one"):
-            # A pipeline may call its denoiser several times a step.
-            levels = self.noise_level(times[:: len(times) // len(self.steps)])
         theirs = torch.cat([step.level for step in self.steps], 1)
-        if not (torch.stack(levels).cpu() - theirs).abs().max() < 0.02:
+        # "not <" refuses NaN, too.
+        if not (levels - theirs).abs().max() < 0.02:
             self.refuse("its solver must visit the noise levels that its times stand for")
 
     def text_encoders(self):
@@ -564,6 +582,7 @@ class Model:
 
     def noise_level(self, t, ndim=1):
         """alpha_t, sigma_t at times (B,) as the denoiser takes them, shaped (B, 1, ...) of ndim."""
+        # From the denoiser's unit to the solver's; a flow's is then divided by T, into [0, 1].
         t = t.to(self.device).float().view(-1, *[1] * (ndim - 1)) / self.time_scale
         if self.alphas_cumprod is None:
             return alpha_sigma(t / self.T)
@@ -644,9 +663,10 @@ def load_rewards(spec, flag, modules=None):
     modules = {} if modules is None else modules
     if callable(spec):
         spec = {getattr(spec, "__name__", "reward"): spec}
-    if isinstance(spec, dict):
-        return [Reward(name, 1.0, function) for name, function in spec.items()]
     rewards = []
+    if isinstance(spec, dict):
+        rewards = [Reward(name, 1.0, function) for name, function in spec.items()]
+        spec = ""
     for part in filter(None, map(str.strip, spec.split(","))):
         label, _, weight = part.partition("=")
         if label.endswith(".py"):
@@ -662,6 +682,7 @@ def load_rewards(spec, flag, modules=None):
             if not math.isfinite(float(weight or 1)):
                 raise ValueError(f"{weight} is not finite")
         stem = Path(path).name.removesuffix(".py")
+        # FILE:FUNCTION by its short name, unless two files share it.
         if ":" in label and [file.stem for file in modules].count(stem) < 2:
             label = f"{stem}:{name}"
         rewards.append(Reward(label, float(weight or 1), function))
@@ -702,11 +723,11 @@ def load_prompts(path, flag):
     mend = 'convert it to {"prompt": "...", other keys} a line, in UTF-8'
     file = Path(locate(path))
     with blame(rule, mend):
+        # A link may have no suffix, and its file one.
         kind = (file.suffix or file.resolve().suffix).lower()
         text = file.read_text("utf-8-sig")
-        rows = [{"prompt": line} for line in text.split("\n") if line.strip()]
-        if kind == ".jsonl":
-            rows = [json.loads(row["prompt"]) for row in rows]
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = [json.loads(line) if kind == ".jsonl" else {"prompt": line} for line in lines]
         prompts = [(row.pop("prompt").strip(), row) for row in rows]
         # Lone surrogates of JSON are no text.
         "".join(prompt for prompt, _ in prompts).encode()
@@ -829,7 +850,7 @@ def open_run(config, model, rewards, prompts):
     inputs = {"prompts": [json.dumps(row) for row in trained + held_out]}
     for reward in rewards:
         with contextlib.suppress(TypeError, OSError):  # not of a file
-            inputs[reward.name] = inspect.getsource(inspect.getmodule(reward.function))
+            inputs[f"reward {reward.name}"] = inspect.getsource(inspect.getmodule(reward.function))
     theta = model.lora.adapters["theta"]
     optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.999), weight_decay=1e-4)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
@@ -867,8 +888,9 @@ def restore(run, file):
         run.rows.extend(state["rows"])
         before = state["inputs"]
     # Mended lines may go on, another file may not.
-    changed = sum(x != y for x, y in zip(before["prompts"], run.inputs["prompts"], strict=False))
-    if len(before["prompts"]) != len(run.inputs["prompts"]) or 2 * changed > len(before["prompts"]):
+    old, new = before["prompts"], run.inputs["prompts"]
+    changed = sum(x != y for x, y in zip(old, new, strict=False))
+    if len(old) != len(new) or 2 * changed > len(old):
         files = f"--prompts {run.config.prompts} or --eval-prompts {run.config.eval_prompts}"
         raise UserError(f"{files}: must be as when the run began; bring them back")
     for name in run.inputs.keys() & before.keys():
@@ -886,12 +908,12 @@ def write_card(run, held_out):
     settings = model.settings | {"num_inference_steps": model.eval_steps}
     known = inspect.signature(type(pipe).__init__).parameters
     options = {k: x for k, x in model.options.items() if k == "variant" or k in known}
-    draws = ""
-    draws_noise = "generator" in inspect.signature(pipe.scheduler.step).parameters
-    if draws_noise and not hasattr(pipe, "prepare_extra_step_kwargs"):
-        # This pipeline does not hand its generators on.
-        draws = "step = pipe.scheduler.step\npipe.scheduler.step = "
-        draws += "lambda *args, **more: step(*args, generator=noise, **more)\n"
+    patch = ""
+    draws = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    if draws and not hasattr(pipe, "prepare_extra_step_kwargs"):
+        # As in `sample`: this pipeline does not hand its generators on.
+        patch = "step = pipe.scheduler.step\npipe.scheduler.step = "
+        patch += "lambda *args, **more: step(*args, generator=noise, **more)\n"
     shown = "\n".join(f"{n}. {prompt}" for n, (prompt, _) in enumerate(held_out[:SHOWN], 1))
     text = f"""---
 base_model: {base}
@@ -911,7 +933,7 @@ pipe.load_lora_weights({str(run.dir)!r})
 solver = diffusers.{type(pipe.scheduler).__name__}
 pipe.scheduler = solver.from_pretrained({str(run.dir)!r}, subfolder="scheduler")
 noise = torch.Generator().manual_seed({generator("evaluation", 0).initial_seed()})
-{draws}image = pipe({held_out[0][0]!r}, generator=noise, **{settings}).images[0]
+{patch}image = pipe({held_out[0][0]!r}, generator=noise, **{settings}).images[0]
 ```
 
 Held-out prompts before and after training, from the same noise; in brackets the reward:
@@ -941,7 +963,6 @@ def save(run):
     # All that --resume needs: random draws have keys, and no state.
     state = {"rows": run.rows, "inputs": run.inputs, "lora": lora.adapters}
     state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    state = map_tensors(torch.Tensor.detach, state)
     write_file(run.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
 
@@ -992,7 +1013,8 @@ def evaluate(run, rewards, prompts, iteration):
     images = torch.cat(gather(D["images"]))[:SHOWN]
     when = "after" if iteration else "before"
     pairs = zip(raw.tolist(), prompts[: len(images)], strict=False)
-    grid = picture_grid(images, [f"{when} ({r:.3g}): {prompt}" for r, (prompt, _) in pairs])
+    captions = [f"{when} ({value:.3g}): {prompt}" for value, (prompt, _) in pairs]
+    grid = picture_grid(images, captions)
     write_file(run.dir / f"samples/{iteration:06d}.png", lambda file: grid.save(file, "PNG"))
     if iteration and RANK == 0:
         both = [Image.open(run.dir / "samples/000000.png"), grid]
@@ -1003,7 +1025,8 @@ def evaluate(run, rewards, prompts, iteration):
 
 def pair_losses(model, D, index, t, eps, loss=nft_loss):
     """Lines 9 to 12 for the b images D[index] at times t (b,) with noise eps, three tensors (b,):
-    Eq. (5)'s loss, ||v_theta - v_ref||^2, and ||v_theta - v_old||^2, which is only logged."""
+    Eq. (5)'s loss; and as means over elements ||out_theta - out_ref||^2, the KL term, and
+    ||out_theta - out_old||^2, which is only logged."""
     config = model.config
     x_0 = D["x_0"][index]
     condition = map_tensors(lambda x: x[index], D["condition"])
@@ -1014,6 +1037,7 @@ def pair_losses(model, D, index, t, eps, loss=nft_loss):
         out_old = model.predict(x_t, t, condition, "old")
         if config.kl:
             out_ref = model.predict(x_t, t, condition, None)
+    # Last, so that theta's adapter is on in the backward pass.
     out_theta = model.predict(x_t, t, condition, "theta")
     # Lines 10 to 12, in the space of clean samples.
     x0_old, _ = predict_x0(x_t, out_old, alpha_t, sigma_t, model.prediction)
@@ -1041,7 +1065,7 @@ def draw_pairs(config, times, iteration):
 
 
 def optimize(run, D, iteration, losses=pair_losses):
-    """Lines 8 to 13: `updates` steps of AdamW, which share the images of D. Fields of a row."""
+    """Lines 8 to 13: `updates` steps of AdamW, each on its part of D. Fields of a row."""
     config = run.config
     model = run.model
     mine = share(config.groups * config.group_size)
@@ -1059,7 +1083,8 @@ def optimize(run, D, iteration, losses=pair_losses):
             eps = torch.stack([torch.randn(D["x_0"].shape[1:], generator=g) for g in noise])
             images = (index[batch] - mine.start).to(model.device)
             terms = losses(model, D, images, t[batch], eps.to(model.device))
-            # Departs from line 12: the KL term, as in the released code.
+            # Departs from line 12: the KL term, as in the released code. The mean is over the pairs
+            # of all processes, whose gradients are added up.
             total = (terms[0] + config.kl * terms[1]).sum() / len(index)
             run.scaler.scale(total).backward()
             sums += torch.stack(terms).detach().cpu().double().sum(1)
@@ -1080,11 +1105,11 @@ def gradient_step(run, step):
         for x in theta:
             dist.all_reduce(x.grad)
     run.scaler.unscale_(run.optimizer)
-    # Departs from Algorithm 1, as the released code: gradients are clipped, ...
+    # Departs from Algorithm 1, as the released code: gradients are clipped.
     norm = torch.nn.utils.clip_grad_norm_(theta, 1.0).item()
     if not math.isfinite(norm) and not run.scaler.is_enabled():
         raise UserError("the gradient is not finite; try a smaller --lr")
-    # ... and the learning rate rises at the start.
+    # Departs from Algorithm 1: the learning rate rises at the start.
     run.optimizer.param_groups[0]["lr"] = run.config.lr * min(1, step / max(1, run.config.warmup))
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -1143,6 +1168,7 @@ def train(
     modules = {}
     rewards = load_rewards(config.reward, "--reward", modules)
     watched = load_rewards(config.watch, "--watch", modules)
+    # All rewards; those of --watch add nothing to r_raw.
     watched = rewards + [reward._replace(weight=0.0) for reward in watched]
     model = make_model(config)
     try_rewards(model, watched, prompts + held_out)
@@ -1161,14 +1187,15 @@ def train(
         saved = f"iteration {run.rows[-1]['iteration']}"
         bar = tqdm(range(len(run.rows), config.iterations + 1), "train", position=1, disable=HIDDEN)
         for iteration in bar:  # line 1
-            # Collect: K images of each prompt from the old policy, by any solver (lines 2 and 3).
+            # Collect: prompts (line 2), and K images of each by the old policy and any solver (3).
             drawn = draw_prompts(prompts, iteration, config)
             numbered = [(i, *drawn[i // K]) for i in mine]
             D = collect(model, rewards, numbered, (config.seed, iteration), "old")
 
-            # Reward: from r_raw the optimality r of each image (lines 4 to 6).
+            # Reward: from r_raw the optimality r of each image (lines 4 and 5).
             row, raw = means(D)
             r = weigh(raw, torch.arange(N) // K, config.z)
+            # Line 6. Line 7 ends the loop over prompts, which all go together here.
             D["r"] = r[mine.start : mine.stop].to(model.device)
 
             # Optimize: theta by the loss of Eq. (5) on D (lines 8 to 13).
@@ -1238,7 +1265,7 @@ def check(config):
         if name not in ("reward", "watch", "eta") and not isinstance(value, kind):
             rule = f"must be of type {field.type.__name__}"
         elif low is not None and not low <= value < high:
-            rule = f"must be a number of at least {low} and below {high}"
+            rule = f"must be a number from {low} to below {high}"
         elif choices and value not in choices:
             rule = f"must be one of {', '.join(choices)}"
         if rule:

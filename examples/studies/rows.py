@@ -304,6 +304,9 @@ EDGES = [
     ("ddpo", {"lr": 6e-3, "clip_range": 1e-2}),
     ("loop", {"lr": 6e-3, "clip_range": 1e-2}),
     ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
+    ("coca", {"lr": 6e-3, "clip_range": 1e-2}),
+    ("rtb", {"lr": 5e-4, "temperature": 1e-3}),
+    ("rtb", {"lr": 1e-3, "temperature": 1e-4}),
     ("nft-sd3", {"lr": 3e-3, "beta": 0.1}),
 ]
 # Ten iterations flatter a learning rate that collapses later: these are run as long as in the

@@ -566,13 +566,13 @@ def test_report(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.strip() == (tmp_path / "tables.md").read_text().strip()
     lines = text.splitlines()
-    spent = "| 768 | 4,000 | 4 (4 to 8) | 1,536 | 8,000 | 8 (8 to 16) |"
+    spent = "| 4,000 | 4 (4 to 8) | 8,000 | 8 (8 to 16) |"
     assert any(line.startswith("| NFT |") and line.endswith(spent) for line in lines)
     ddpo, over = (line for line in lines if line.startswith("| DDPO"))
-    reached = "| 3,072 | 16,000 | 16 (16 to 48) "
-    assert ddpo.endswith(reached + "| >4,608 | >24,000 | >24 (>24 to >72) |")
+    reached = "| 16,000 | 16 (16 to 48) "
+    assert ddpo.endswith(reached + "| >24,000 | >24 (>24 to >72) |")
     # Seed 2 has no NFT.
-    assert over.endswith("| 4 | 4 | 4 | >3 | >3 | >3 |")
+    assert over.endswith("| 4 | 4 | >3 | >3 |")
     assert not any(line.startswith("| NFT / NFT") for line in lines)
     names = {file.name for file in tmp_path.glob("*.png")}
     assert names == {"comparison.png", "grids-tiny.png"}
