@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import common
 import pytest
@@ -47,6 +48,14 @@ def test_two_files_alone_suffice(tmp_path):
     assert len(rewards) == 4
     assert rewards[0] < 0.6
     assert rewards[-1] > 0.95
+
+
+def test_readme_shows_the_loop():
+    """The loop that README.md shows is minimal.py's."""
+    readme = (common.REPOSITORY / "README.md").read_text("utf-8")
+    (shown,) = re.findall(r"```python\n(for i in range.*?)```", readme, re.DOTALL)
+    source = (LESSON / "minimal.py").read_text("utf-8")
+    assert textwrap.indent(shown, "    ") in source
 
 
 def test_minimal_learns_from_its_reward_alone():
