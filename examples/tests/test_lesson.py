@@ -22,7 +22,10 @@ NOTEBOOK = LESSON / "lesson.ipynb"
 for room in (LESSON, common.EXAMPLES / "studies"):
     sys.path.insert(0, str(room))
 import minimal
+import pictures
 import solutions
+
+import nft
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +169,13 @@ def test_notebook_has_each_exercise():
     for number in range(1, len(solutions.EXERCISES) + 1):
         assert f"### Exercise {number}" in text
     assert text.count("<details>") == len(solutions.EXERCISES)
+
+
+def test_notebook_shows_the_lines_of_today(capsys):
+    """The lines of nft.py beside the symbols are where the notebook says; else run it anew."""
+    (cell,) = (c for c in code_cells() if "".join(c["source"]).startswith("pictures.lines("))
+    exec("".join(cell["source"]), {"nft": nft, "pictures": pictures})
+    assert capsys.readouterr().out == "".join(cell["outputs"][0]["text"])
 
 
 # What the text between the cells says of the outputs.
