@@ -364,9 +364,8 @@ TUNED = {
     "dpok": {"lr": 1.5e-3, "clip_range": 3e-4},
     "rwr": {"lr": 2e-3, "temperature": 0.1},
     "rft": {"lr": 2e-3, "kl": 0},
-    # Not swept yet: the better of two rates in short trials.
     "coca": {"lr": 3e-3, "clip_range": 1e-2},
-    "rtb": {"lr": 3e-3, "temperature": 1e-2},
+    "rtb": {"lr": 1e-3, "temperature": 1e-3},
     "flowgrpo": {"lr": 1.5e-3, "clip_range": 1e-3},
     "nft-sd3": {"lr": 3e-3, "beta": 0.3},
 }
