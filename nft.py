@@ -963,6 +963,8 @@ def save(run):
     # All that --resume needs: random draws have keys, and no state.
     state = {"rows": run.rows, "inputs": run.inputs, "lora": lora.adapters}
     state |= {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    # Values alone, for whoever else reads the file.
+    state = map_tensors(torch.Tensor.detach, state)
     write_file(run.dir / "checkpoint.pt", lambda file: torch.save(state, file))
 
 

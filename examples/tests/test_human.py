@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import urllib.error
@@ -318,8 +319,10 @@ class Clicker(threading.Thread):
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c():
-    """Ctrl-C interrupts: pytest-xdist's workers, and jobs of a script, ignore it."""
+def as_in_a_program(monkeypatch):
+    """Ctrl-C interrupts, which pytest-xdist's workers ignore, and `human` is this module: runs of
+    other tests may have dropped it."""
+    monkeypatch.setitem(sys.modules, "human", human)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
