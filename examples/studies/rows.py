@@ -412,9 +412,12 @@ def ablated(name="default", model="tiny", change=None, reuse=1, **settings):
 
 def signal_row(name="default", change=None, reuse=1, **settings):
     """A row on what an image is worth; without arguments the one that all others change."""
+    label = describe(settings) or name
+    if change is not None:
+        label = name.replace("-", " ")
     return Row(
         name=f"signal-{name}",
-        label=describe(settings) or name,
+        label=label,
         method="nft",
         model="tiny",
         iterations=12,
@@ -499,6 +502,8 @@ FIGURES = {
         signal_row("shared", functools.partial(literature, shared=True)),
         signal_row("stratified", functools.partial(literature, stratified=True)),
         signal_row("rank", ranked),
+        # As wide a spread of r, without ranks.
+        signal_row("z-1.5", z=1.5),
         signal_row("extremes", extremes, reuse=1 / 2, steps=3),
         signal_row("half-resolution", half_resolution),
     ],
