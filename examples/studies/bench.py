@@ -278,7 +278,8 @@ def overhead(model, prompts):
     for start in range(0, len(prompts), size):
         texts = [prompt for prompt, _ in prompts[start : start + size]]
         noise = [nft.generator("overhead", start + k) for k in range(len(texts))]
-        model.pipe(texts, generator=noise, output_type="pt", **model.settings)
+        settings = model.settings | {"num_inference_steps": model.config.steps}
+        model.pipe(texts, generator=noise, output_type="pt", **settings)
     return (collected - started) / (now(model.device) - collected)
 
 

@@ -359,8 +359,8 @@ def draw_panel(axis, title, wanted, runs, cost):
     for target in TARGETS:
         axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
         place = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "color": "gray"}
-        axis.text(0.01, target + 0.01, f"accuracy {target}", **place)
-    axis.legend(fontsize=8)
+        axis.text(0.99, target + 0.01, f"accuracy {target}", ha="right", **place)
+    axis.legend(fontsize=8, loc="upper left")
 
 
 def plot(panels, runs, file):
@@ -369,7 +369,8 @@ def plot(panels, runs, file):
 
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(13, 3.8 * lines), layout="constrained")
+    size = (min(13, 8 * columns), 3.8 * lines)
+    figure = Figure(figsize=size, layout="constrained")
     for number, (title, wanted, cost) in enumerate(panels, 1):
         axis = figure.add_subplot(lines, columns, number)
         draw_panel(axis, title, wanted, runs, cost)
