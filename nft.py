@@ -567,7 +567,7 @@ class Model:
         known = inspect.signature(self.pipe.__call__).parameters
         for name, encoder in self.pipe.components.items():
             tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None)
-            if name.startswith("text_encoder") and encoder and tokenizer:
+            if name.startswith("text_encoder") and None not in (encoder, tokenizer):
                 limit = tokenizer.model_max_length
                 if "max_sequence_length" in known and "CLIP" not in type(encoder).__name__:
                     limit = self.config.max_sequence_length or known["max_sequence_length"].default
@@ -664,10 +664,12 @@ def load_rewards(spec, flag, modules=None):
     if callable(spec):
         spec = {getattr(spec, "__name__", "reward"): spec}
     rewards = []
+    parts = []
     if isinstance(spec, dict):
         rewards = [Reward(name, 1.0, function) for name, function in spec.items()]
-        spec = ""
-    for part in filter(None, map(str.strip, spec.split(","))):
+    else:
+        parts = [part.strip() for part in spec.split(",") if part.strip()]
+    for part in parts:
         label, _, weight = part.partition("=")
         if label.endswith(".py"):
             raise UserError(f"{flag} {part}: must name a function; write {label}:FUNCTION")
@@ -727,7 +729,10 @@ def load_prompts(path, flag):
         kind = (file.suffix or file.resolve().suffix).lower()
         text = file.read_text("utf-8-sig")
         lines = [line for line in text.split("\n") if line.strip()]
-        rows = [json.loads(line) if kind == ".jsonl" else {"prompt": line} for line in lines]
+        if kind == ".jsonl":
+            rows = [json.loads(line) for line in lines]
+        else:
+            rows = [{"prompt": line} for line in lines]
         prompts = [(row.pop("prompt").strip(), row) for row in rows]
         # Lone surrogates of JSON are no text.
         "".join(prompt for prompt, _ in prompts).encode()
@@ -901,6 +906,17 @@ def restore(run, file):
         raise UserError(f"--iterations {run.config.iterations}: {done} are done; give more")
 
 
+def solver_patch(pipe):
+    """Code for a card: it hands the noise on to a random solver, as `sample` does."""
+    draws = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    if not draws or hasattr(pipe, "prepare_extra_step_kwargs"):
+        # The solver draws nothing, or the pipeline itself hands it on.
+        return ""
+    return """step = pipe.scheduler.step
+pipe.scheduler.step = lambda *args, **more: step(*args, generator=noise, **more)
+"""
+
+
 def write_card(run, held_out):
     """DIR/README.md, whose code paints the first held-out prompt, and DIR/scheduler/."""
     config, model, pipe = run.config, run.model, run.model.pipe
@@ -908,12 +924,6 @@ def write_card(run, held_out):
     settings = model.settings | {"num_inference_steps": model.eval_steps}
     known = inspect.signature(type(pipe).__init__).parameters
     options = {k: x for k, x in model.options.items() if k == "variant" or k in known}
-    patch = ""
-    draws = "generator" in inspect.signature(pipe.scheduler.step).parameters
-    if draws and not hasattr(pipe, "prepare_extra_step_kwargs"):
-        # As in `sample`: this pipeline does not hand its generators on.
-        patch = "step = pipe.scheduler.step\npipe.scheduler.step = "
-        patch += "lambda *args, **more: step(*args, generator=noise, **more)\n"
     shown = "\n".join(f"{n}. {prompt}" for n, (prompt, _) in enumerate(held_out[:SHOWN], 1))
     text = f"""---
 base_model: {base}
@@ -921,11 +931,15 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [text-to-image, lora, diffusion-nft]
 ---
+# {base} after DiffusionNFT
+
 A LoRA, trained on the reward {config.reward} by DiffusionNFT, arXiv 2509.16117. Sample it at the
 guidance and by the solver of its training. This paints the first prompt below; it needs peft.
 
 ```python
-import diffusers, torch
+import diffusers
+import torch
+
 options = {options}
 pipe = diffusers.DiffusionPipeline.from_pretrained({locate(base)!r}, dtype={model.dtype}, **options)
 pipe.to({str(model.device)!r})
@@ -933,7 +947,7 @@ pipe.load_lora_weights({str(run.dir)!r})
 solver = diffusers.{type(pipe.scheduler).__name__}
 pipe.scheduler = solver.from_pretrained({str(run.dir)!r}, subfolder="scheduler")
 noise = torch.Generator().manual_seed({generator("evaluation", 0).initial_seed()})
-{patch}image = pipe({held_out[0][0]!r}, generator=noise, **{settings}).images[0]
+{solver_patch(pipe)}image = pipe({held_out[0][0]!r}, generator=noise, **{settings}).images[0]
 ```
 
 Held-out prompts before and after training, from the same noise; in brackets the reward:
