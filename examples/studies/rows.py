@@ -200,6 +200,42 @@ def literature(**settings):
     return {"losses": Literature(**settings)}
 
 
+def hinged_losses(model, D, index, t, eps, weight):
+    """nft.pair_losses with a penalty where the velocity is longer than the base model's.
+
+    After NormGuard, arXiv 2606.27771: weight * max(0, ||v_theta|| / ||v_ref|| - 1)^2, with
+    v = eps_hat - x0_hat. In the log `old_deviation` is the ratio of the norms. Needs --kl.
+    """
+    outs = {}
+    predict = model.predict
+
+    def hear(x_t, t, condition, policy):
+        outs[policy] = x_t, predict(x_t, t, condition, policy)
+        return outs[policy][1]
+
+    model.predict = hear
+    try:
+        loss, kl, _ = nft.pair_losses(model, D, index, t, eps)
+    finally:
+        # The method shows again.
+        del model.predict
+
+    alpha, sigma = model.noise_level(t, eps.ndim)
+    norms = {}
+    for policy in ("theta", None):
+        x_t, out = outs[policy]
+        x0_hat, _ = nft.predict_x0(x_t, out, alpha, sigma, model.prediction)
+        eps_hat = (x_t - alpha * x0_hat) / sigma
+        norms[policy] = (eps_hat - x0_hat).flatten(1).norm(dim=1)
+    ratio = norms["theta"] / norms[None]
+    return loss + weight * (ratio - 1).relu().square(), kl, ratio.detach()
+
+
+def hinged(weight):
+    """Parts for a loss with hinged_losses's penalty."""
+    return {"losses": functools.partial(hinged_losses, weight=weight)}
+
+
 def by_rank(raw, groups, z):
     """r by an image's rank among those of its prompt: from 0, the worst, to 1, the best."""
     rewards = raw.view(len(groups.unique()), -1)
@@ -504,6 +540,9 @@ FIGURES = {
         signal_row("z-1.5", z=1.5),
         signal_row("extremes", extremes, reuse=1 / 2, steps=3),
         signal_row("half-resolution", half_resolution),
+        # A weight of 0 measures the ratio of the norms, and changes nothing.
+        signal_row("norm-hinge-0", functools.partial(hinged, 0.0)),
+        signal_row("norm-hinge-10", functools.partial(hinged, 10.0)),
     ],
     "precision": [
         signal_row(),

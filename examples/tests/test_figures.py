@@ -271,6 +271,37 @@ def test_stratified_times(monkeypatch):
         assert torch.equal(noise, eps[3 * image : 3 * image + 3])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd15", "sd3"])
+def test_norm_hinge(kind):
+    """A velocity longer than the base's costs its excess, squared; a shorter one costs nothing."""
+    model = common.new_model(kind, kl=0.1)
+    numbered = [(i, common.TEXTS[0], {}) for i in range(8)]
+    D = nft.collect(model, [], numbered, (0, 1), "old") | {"r": torch.full((8,), 0.5)}
+    for B in model.lora.adapters["theta"][1::2]:
+        B.copy_(torch.randn(B.shape, generator=nft.generator(B.shape)))
+    t = model.times[[0, 1] * 4]
+    eps = torch.randn(D["x_0"].shape, generator=nft.generator("eps"))
+    pairs = (model, D, torch.arange(8), t, eps)
+    loss, kl, ratio = rows.hinged_losses(*pairs, weight=10.0)
+
+    alpha, sigma = model.noise_level(t, eps.ndim)
+    x_t = alpha * D["x_0"] + sigma * eps
+    lengths = []
+    for policy in ("theta", None):
+        out = model.predict(x_t, t, D["condition"], policy)
+        # A flow's output is v itself.
+        v = out if kind == "sd3" else out - (x_t - sigma * out) / alpha
+        lengths.append(v.flatten(1).norm(dim=1))
+    expected = lengths[0] / lengths[1]
+    assert expected.min() < 1 < expected.max()
+    assert_close(ratio, expected)
+    plain, plain_kl, _ = nft.pair_losses(*pairs)
+    expected = plain + 10 * (expected - 1).clamp_min(0) ** 2
+    assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    assert_close(kl, plain_kl)
+
+
 def test_rank():
     """r is the share of a prompt's other images that are worse; equal ones count half."""
     raw = torch.tensor([3.0, 1, 2, 7, 7, 7, 0, 1, 1])

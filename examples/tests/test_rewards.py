@@ -506,6 +506,16 @@ def test_custom():
     assert_close(raw, torch.tensor([0.0, expected, -expected]))
 
 
+def test_brightness_and_saturation():
+    """Grey has a brightness and no saturation, pure red all saturation, and pink half of it."""
+    pixels = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [1, 0.5, 0.5]])
+    images = pixels[:, :, None, None].expand(5, 3, 8, 8)
+    rewards = load("brightness,saturation")
+    scores = nft.score(rewards, images, [""] * 5, [{}] * 5)
+    assert_close(scores["reward/brightness"], torch.tensor([0, 1, 0.5, 1 / 3, 2 / 3]))
+    assert_close(scores["reward/saturation"], torch.tensor([0, 0, 0, 1, 0.5]))
+
+
 @torch.no_grad()
 def test_learned_trains_once(tmp_path, monkeypatch, capsys):
     """It trains its judge when first asked, then reads it; a reward is its probability."""
