@@ -6,9 +6,9 @@
     python examples/studies/plot_runs.py curve.png tiny=runs/tiny-0,runs/tiny-1,runs/tiny-2
 
 A line is LABEL=DIR,DIR,...: the mean over its runs, with their range shaded. Without LABEL= it has
-its directory's name. There is a plot for the held-out reward that is trained on, for each of its
-parts where it is a sum, for each reward that is only watched, and for the roughness. A run may
-still be going on. Needs matplotlib.
+its directory's name. Beside the name stands what its longest run took. There is a plot for the
+held-out reward that is trained on, for each of its parts where it is a sum, for each reward that is
+only watched, and for the roughness. A run may still be going on. Needs matplotlib.
 SPDX-License-Identifier: MIT
 """
 
@@ -123,6 +123,16 @@ def summary(label, folder, first, last):
     )
 
 
+def spent(label, runs):
+    """A line's label with the images and minutes of its longest run, where they are known."""
+    last = [run[max(run)] for run in runs]
+    images = max(row.get("images", 0) for row in last)
+    minutes = max(row.get("seconds", 0) for row in last) / 60
+    if not images:
+        return label
+    return f"{label} ({images:,} images, {minutes:.1f} minutes)"
+
+
 # ---- The picture ---------------------------------------------------------------------------------
 def draw(axis, field, lines):
     """Plot one field of all lines that have it."""
@@ -133,12 +143,13 @@ def draw(axis, field, lines):
         y = np.array([[run[i][field] for i in iterations] for run in runs])
         # A label has one colour in all plots.
         color = f"C{number}"
-        axis.plot(iterations, y.mean(0), marker=".", color=color, label=label)
+        axis.plot(iterations, y.mean(0), marker=".", color=color, label=spent(label, runs))
         axis.fill_between(iterations, y.min(0), y.max(0), color=color, alpha=0.2, linewidth=0)
     if field == ROUGHNESS:
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, ROUGHNESS_RANGE[0]), max(high, ROUGHNESS_RANGE[1]))
     axis.set(xlabel="iteration", title=title(field, lines))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
 
 
@@ -157,7 +168,7 @@ def make_figure(lines):
     for axis in axes[len(shown) :]:
         axis.remove()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * columns, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 

@@ -291,9 +291,7 @@ def preset_table(wanted, runs):
     lines = []
     for row in wanted:
         if runs[row.name]:
-            # The first preset is the default.
-            command = f"python nft.py --model {row.model}".removesuffix(" --model tiny")
-            lines.append([f"`{command}`", *numbers(runs[row.name]).values()])
+            lines.append([f"`{row.label}`", *numbers(runs[row.name]).values()])
     return table(["command", *NUMBERS.values()], lines)
 
 
@@ -346,13 +344,15 @@ def draw_panel(axis, title, wanted, runs, cost):
         style = "-"
         # A panel of two models: the second one's lines are dashed.
         if row.model != wanted[0].model:
-            label += f", {row.model}"
+            if row.model not in label:
+                label += f", {row.model}"
             style = "--"
         axis.plot(x, y.mean(0), style, color=colour, marker=marker, markersize=3, label=label)
         axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.set_title(title, fontsize=11)
     axis.set(xlabel=COSTS[cost], ylabel="held-out accuracy", ylim=(0, 1))
-    if cost != "images":
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if cost == "evaluations":
         axis.set_xscale("log", nonpositive="mask")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -2,9 +2,10 @@
 
     python examples/studies/results.py      # write the pages anew from results.json
 
-figures.py does this after its runs. results.json has a line a run. Between the markers
-`<!-- results: NAME -->` and `<!-- end -->` a page has what results.json gives for NAME: a figure's
-table, or for "ROW accuracy" a row's number (accuracy, roughness, images, evaluations, minutes).
+figures.py does this after its runs; the plots need matplotlib. results.json has a line a run.
+Between the markers `<!-- results: NAME -->` and `<!-- end -->` a page has what results.json gives
+for NAME: a figure's table, or for "ROW accuracy" a row's number (accuracy, roughness, images,
+evaluations, minutes).
 
 A run's fingerprint stands for the method: the statements in METHOD, as Python parses them, so
 that comments, form, docstrings and messages do not count. Defaults and presets are compared as the
@@ -35,6 +36,12 @@ import nft
 
 FILE = REPOSITORY / "examples/studies/results.json"
 PAGES = (REPOSITORY / "README.md", REPOSITORY / "examples/studies/STUDIES.md")
+# The pages' plots: the figures in each, and against what accuracy is drawn.
+PLOTS = {
+    "reward_curve.png": [("default", "images"), ("default", "seconds")],
+    "comparison.png": [("tiny", "evaluations"), ("tiny-sd3", "evaluations")],
+    "ablations.png": [(name, "images") for name in report.ABLATIONS],
+}
 MARKED = re.compile(r"(<!-- results: (.+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 # Of nft.py: functions, classes, and what they or the file assign to a name.
 METHOD = """
@@ -178,16 +185,23 @@ def update(tasks):
     lines = [f"{json.dumps(name)}: {json.dumps(runs[name])}" for name in sorted(runs)]
     nft.write_text(FILE, "{\n" + ",\n".join(lines) + "\n}\n")
     fill_pages()
+    draw_plots()
+
+
+def by_row(runs):
+    """{row: {seed: points}} of the runs of results.json."""
+    points = collections.defaultdict(dict)
+    for key, run in runs.items():
+        row, _, seed = key.rpartition("-")
+        points[row][int(seed)] = run["points"]
+    return points
 
 
 # ---- Pages ---------------------------------------------------------------------------------------
 def show(name, runs):
     """What a page shows between the markers of a name."""
     named = {row.name: row for wanted in rows.FIGURES.values() for row in wanted}
-    points = collections.defaultdict(dict)
-    for key, run in runs.items():
-        row, _, seed = key.rpartition("-")
-        points[row][int(seed)] = run["points"]
+    points = by_row(runs)
     if name not in rows.FIGURES:
         row, _, field = name.rpartition(" ")
         if row not in named or field not in report.NUMBERS:
@@ -216,5 +230,18 @@ def fill_pages():
         nft.write_text(page, fill(page.read_text("utf-8"), read()))
 
 
+def draw_plots():
+    """Draw the pages' plots anew from results.json, those of which a run is there."""
+    points = by_row(read())
+    for name, panels in PLOTS.items():
+        there = []
+        for figure, cost in panels:
+            if any(row.name in points for row in rows.FIGURES[figure]):
+                there.append((rows.TITLES[figure], rows.FIGURES[figure], cost))
+        if there:
+            report.plot(there, points, FILE.parent / name)
+
+
 if __name__ == "__main__":
     fill_pages()
+    draw_plots()

@@ -473,7 +473,9 @@ def order_of_work(name, iterations, **settings):
 def preset(model):
     """A row that is `python nft.py --model MODEL`."""
     iterations = nft.PRESETS[model]["iterations"]
-    return Row(f"preset-{model}", "preset", "nft", model, iterations, settings={})
+    # Without --model it is tiny.
+    label = f"python nft.py --model {model}".removesuffix(" --model tiny")
+    return Row(f"preset-{model}", label, "nft", model, iterations, settings={})
 
 
 FIGURES = {
