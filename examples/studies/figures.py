@@ -101,6 +101,8 @@ def split(row):
     if not row.settings:
         return {}, {}
     given = PINNED | rows.SCHEDULE
+    if row.model in rows.KL:
+        given["kl"] = rows.KL[row.model]
     if row.method != "nft":
         given |= baselines.METHODS[row.method].settings
     given |= row.settings

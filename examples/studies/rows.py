@@ -43,7 +43,9 @@ class Row:
 
 # The schedule of every row but where it or its method says otherwise: presets may move, and theirs
 # is coarser.
-SCHEDULE = {"steps": 10, "eval_steps": 10, "train_times": 3, "warmup": 10}
+SCHEDULE = {"steps": 10, "eval_steps": 10, "train_times": 3, "warmup": 10, "z": 5.0, "ema": 0.9}
+# And the weight of its KL term.
+KL = {"tiny": 0.1, "tiny-sd3": 0.03}
 
 
 def describe(settings):
@@ -357,10 +359,25 @@ LONG = [
     ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
     ("dpok", {"lr": 1.5e-3, "clip_range": 3e-4}),
 ]
+# Rollouts of few steps for NFT, and for FlowGRPO training on a part of the steps, as its authors'
+# faster variant has it.
+FEW_NFT = {"warmup": 4, "beta": 0.3, "lr": 3e-3}
+FEW_FLOWGRPO = {"warmup": 4, "clip_range": 1e-3, "train_times": 3}
+FEW = [
+    ("nft-sd3", FEW_NFT | {"steps": 5, "train_times": 3, "z": 5.0}),
+    ("nft-sd3", FEW_NFT | {"steps": 5, "train_times": 3, "z": 1.5}),
+    ("nft-sd3", FEW_NFT | {"steps": 5, "train_times": 5, "z": 1.5}),
+    ("nft-sd3", FEW_NFT | {"steps": 3, "train_times": 3, "z": 1.5}),
+    ("flowgrpo", FEW_FLOWGRPO | {"lr": 1.5e-3}),
+    ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3}),
+    ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3, "clip_range": 1e-2}),
+    ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3, "train_times": 5}),
+    ("flowgrpo", FEW_FLOWGRPO | {"lr": 1.5e-3, "steps": 6}),
+]
 
 
 def sweep_row(kind, key, iterations, eval_every, settings):
-    """A row of the sweep: `kind` is "sweep" or "long", `key` one of GRIDS."""
+    """A row of the sweep: `kind` is "sweep", "long" or "few", `key` one of GRIDS."""
     model = GRIDS[key].model
     # The learning rate stands last.
     names = [name for name in settings if name != "lr"]
@@ -374,7 +391,7 @@ def sweep_row(kind, key, iterations, eval_every, settings):
 
 
 def sweep():
-    """The rows of GRIDS and EDGES, ten iterations each, and of LONG."""
+    """The rows of GRIDS and EDGES, ten iterations each, of LONG, and of FEW."""
     rows = []
     for key, grid in GRIDS.items():
         for value in grid.values:
@@ -387,6 +404,9 @@ def sweep():
             rows.append(sweep_row("long", key, 60, 4, settings))
         else:
             rows.append(sweep_row("long", key, 24, 2, settings))
+    for key, settings in FEW:
+        iterations = 60 if key == "flowgrpo" else 20
+        rows.append(sweep_row("few", key, iterations, 4, settings))
     return rows
 
 
