@@ -36,14 +36,17 @@ PIPELINES = pytest.mark.parametrize("name", ["sd15", "sdxl", "sd15-v", "sd3", "f
 def problem(kind):
     """Six samples in float64, what a denoiser should say of them, and what theta and old say."""
     rng = np.random.default_rng(1)
-    x_0, eps, off, off_old = torch.tensor(rng.normal(size=(4, 6, 5)))
+    drawn = torch.tensor(rng.normal(size=(4, 6, 5)))
+    x_0, eps, off, off_old = drawn
     sigma = torch.linspace(0.1, 0.9, 6).double()[:, None]
     alpha = (1 - sigma**2).sqrt()
     if kind == "flow_prediction":
         alpha = 1 - sigma
     targets = {"flow_prediction": eps - x_0, "epsilon": eps}
     target = targets.get(kind, alpha * eps - sigma * x_0)
-    p = types.SimpleNamespace(kind=kind, x_0=x_0, eps=eps, alpha=alpha, sigma=sigma, target=target)
+    p = types.SimpleNamespace(kind=kind, x_0=x_0, eps=eps, target=target)
+    p.alpha = alpha
+    p.sigma = sigma
     p.theta = (target + off).requires_grad_()
     p.old = target + off_old
     p.r = torch.tensor(rng.uniform(size=6))
@@ -61,7 +64,8 @@ def loss_and_gradient(p, r, beta, distance):
     x0_theta, _ = clean(p, p.theta)
     x0_old, _ = clean(p, p.old)
     loss = nft.nft_loss(x0_theta, x0_old, p.x_0, r, beta, distance)
-    return loss.detach(), torch.autograd.grad(loss.sum(), p.theta)[0]
+    (gradient,) = torch.autograd.grad(loss.sum(), p.theta)
+    return loss.detach(), gradient
 
 
 def squared(x0_hat, x_0):
@@ -88,14 +92,16 @@ def test_all_positive_is_flow_matching():
     """r = 1, beta = 1, unweighted: Eq. (1) with w(t) = t^2, in value and in gradient."""
     p = problem("flow_prediction")
     off = (p.theta - p.target).detach()
-    expected = (squared(p.sigma * off, 0), 2 * p.sigma**2 * off)
-    assert_close(loss_and_gradient(p, 1.0, 1.0, squared), expected)
+    loss, gradient = loss_and_gradient(p, 1.0, 1.0, squared)
+    assert_close(loss, squared(p.sigma * off, 0))
+    assert_close(gradient, 2 * p.sigma**2 * off)
 
 
 @KINDS
 def test_gradient_identity(kind):
     """Unweighted: slope^2 / beta times 2 beta [(2r - 1)(v_old - v) + beta (v_theta - v_old)]."""
-    p, beta = problem(kind), 0.4
+    p = problem(kind)
+    beta = 0.4
     _, slope = clean(p, p.old)
     pull = (2 * p.r[:, None] - 1) * (p.old - p.target)
     bracket = pull + beta * (p.theta.detach() - p.old)
@@ -106,18 +112,22 @@ def test_gradient_identity(kind):
 @KINDS
 def test_loss_is_the_released_one(kind):
     """(r L+ + (1 - r) L-) / beta, each branch over its own mean error: a loop agrees to 1e-6."""
-    p, beta = problem(kind), 0.6
+    p = problem(kind)
+    beta = 0.6
     loss, _ = loss_and_gradient(p, p.r, beta, nft.adaptive_loss)
     x0_theta, _ = clean(p, p.theta.detach())
     x0_old, _ = clean(p, p.old)
     for i in range(6):
         expected = 0.0
-        for share, sign in ((p.r[i].item(), 1), (1 - p.r[i].item(), -1)):
+        r = p.r[i].item()
+        for share, sign in ((r, 1), (1 - r, -1)):
             errors = []
             for theta, old, x in zip(x0_theta[i], x0_old[i], p.x_0[i], strict=True):
-                errors.append(((1 - sign * beta) * old + sign * beta * theta - x).item())
+                mixed = (1 - sign * beta) * old + sign * beta * theta
+                errors.append((mixed - x).item())
             scale = sum(abs(error) for error in errors) / 5
-            expected += share * sum(error**2 for error in errors) / 5 / scale / beta
+            squares = sum(error**2 for error in errors) / 5
+            expected += share * squares / scale / beta
         assert loss[i].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -139,17 +149,21 @@ def test_minimiser_of_equation_6(t, beta):
     # Seven pictures are all there are.
     x_0 = torch.tensor(rng.normal(size=(7, 2)))
     x_t = torch.tensor([0.3, -0.4]).double()
-    prior, r = torch.tensor(rng.uniform(size=(2, 7)))
+    prior = torch.tensor(rng.uniform(size=7))
+    r = torch.tensor(rng.uniform(size=7))
     eps = (x_t - (1 - t) * x_0) / t
     v = eps - x_0
     # p(x_0 | x_t), by Bayes.
     p = prior * (-eps.square().sum(1) / 2).exp()
-    old = p @ v / p.sum()
-    positive = (p * r) @ v / (p * r).sum()
-    negative = (p * (1 - r)) @ v / (p * (1 - r)).sum()
-    delta = p @ r / p.sum() * (positive - old)
+    p = p / p.sum()
+    good = p * r
+    bad = p * (1 - r)
+    old = p @ v
+    positive = good @ v / good.sum()
+    negative = bad @ v / bad.sum()
     # Theorem 3.1: both ways to Delta.
-    assert_close(delta, p @ (1 - r) / p.sum() * (old - negative))
+    delta = good.sum() * (positive - old)
+    assert_close(delta, bad.sum() * (old - negative))
 
     def risk(theta):
         x0_theta = (x_t - t * theta).expand(7, 2)
@@ -174,7 +188,8 @@ def test_r_is_the_paper_s(z, unit):
     # The smallest unit feels the 1e-4.
     raw = RAW * unit
     mean = np.array([raw[group == GROUPS].mean() for group in GROUPS])
-    Z_c = z * (np.sqrt(np.mean((raw - np.mean(raw)) ** 2)) + 1e-4)
+    variance = np.mean((raw - np.mean(raw)) ** 2)
+    Z_c = z * (np.sqrt(variance) + 1e-4)
     expected = 0.5 + 0.5 * np.clip((raw - mean) / Z_c, -1, 1)
     r = nft.optimality_reward(raw, GROUPS, z)
     np.testing.assert_allclose(r.numpy(), expected, atol=2e-6)
@@ -185,11 +200,13 @@ def test_r_compares_within_a_prompt():
     raw = np.where(GROUPS == 2, 7.0, RAW)
     r = nft.optimality_reward(raw, GROUPS)
     for group in range(4):
-        assert r[group == GROUPS].mean().item() == pytest.approx(0.5)
+        mean = r[group == GROUPS].mean()
+        assert mean.item() == pytest.approx(0.5)
     assert (r[GROUPS == 2] == 0.5).all()
     assert (r[GROUPS != 2] != 0.5).all()
     order = RNG.permutation(24)
-    assert_close(nft.optimality_reward(raw[order], 100 - 7 * GROUPS[order]), r[order])
+    names = 100 - 7 * GROUPS
+    assert_close(nft.optimality_reward(raw[order], names[order]), r[order])
 
 
 def test_a_reward_that_is_not_finite_is_refused():
@@ -201,10 +218,12 @@ def test_a_reward_that_is_not_finite_is_refused():
 def test_eta_schedules():
     """eta_i = min(0.001 i, 0.5); for OCR 0 until 75, then 0.0075 (i - 75), at most 0.999."""
     eta = nft.soft_update_decay
-    assert [eta(i) for i in (1, 100, 500, 1000)] == pytest.approx([0.001, 0.1, 0.5, 0.5])
-    ocr = "75,0.0075,0.999"
-    expected = [0, 0, 0.0075, 0.1875, 0.999]
-    assert [eta(i, ocr) for i in (0, 75, 76, 100, 300)] == pytest.approx(expected)
+    default = {1: 0.001, 100: 0.1, 500: 0.5, 1000: 0.5}
+    for i, expected in default.items():
+        assert eta(i) == pytest.approx(expected)
+    ocr = {0: 0, 75: 0, 76: 0.0075, 100: 0.1875, 300: 0.999}
+    for i, expected in ocr.items():
+        assert eta(i, "75,0.0075,0.999") == pytest.approx(expected)
     for constant in ("0", "0.9", "1", 0.3):
         assert eta(1, constant) == eta(10**6, constant) == float(constant)
 
@@ -222,21 +241,31 @@ def test_forward_process_is_the_scheduler_s():
 
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     t = torch.arange(1000)
-    x_0, eps = torch.randn(2, 1000, 3)
+    x_0 = torch.randn(1000, 3)
+    eps = torch.randn(1000, 3)
     alpha, sigma = nft.alpha_sigma(t.float(), scheduler.alphas_cumprod)
-    assert_close(alpha[:, None] * x_0 + sigma[:, None] * eps, scheduler.add_noise(x_0, eps, t))
+    x_t = alpha[:, None] * x_0 + sigma[:, None] * eps
+    assert_close(x_t, scheduler.add_noise(x_0, eps, t))
 
 
 @KINDS
 def test_predict_x0_inverts_the_forward_process(kind):
     """The right output stands for x_0 itself; alpha = 0, pure noise, divides nothing by zero."""
     p = problem(kind)
-    assert_close(clean(p, p.target)[0], p.x_0)
-    at_the_end, _ = nft.predict_x0(p.eps, p.eps, 0 * p.sigma, 1 + 0 * p.sigma, kind)
+    x0_hat, _ = clean(p, p.target)
+    assert_close(x0_hat, p.x_0)
+    nothing = torch.zeros_like(p.sigma)
+    at_the_end, _ = nft.predict_x0(p.eps, p.eps, nothing, nothing + 1, kind)
     assert at_the_end.isfinite().all()
 
 
 # ---- The model: base, adapters, conditioning, forward process ------------------------------------
+def redness(images):
+    """How much redder than green and blue each of (B, 3, H, W) is: common.red a second time."""
+    others = images[:, 1:].mean((1, 2, 3))
+    return images[:, 0].mean((1, 2)) - others
+
+
 @pytest.fixture(scope="session", autouse=True)
 def a_v_prediction_pipeline():
     """root()/sd15-v: v-prediction, whose schedule ends in pure noise."""
@@ -264,8 +293,9 @@ def folded(model, adapter, x_t, t, condition):
     """The denoiser with W + 2 B A in the place of W: LoRA a second way."""
     weights = {}
     for i, name in enumerate(model.lora.layers):
-        A, B = adapter[2 * i], adapter[2 * i + 1]
-        weights[f"{name}.weight"] = model.net.get_submodule(name).weight + 2 * B @ A
+        A, B = adapter[2 * i : 2 * i + 2]
+        W = model.net.get_submodule(name).weight
+        weights[f"{name}.weight"] = W + 2 * B @ A
     inputs = {model.input: x_t, "timestep": t, "return_dict": False}
     model.lora.active = None
     given = condition | model.shared | inputs
@@ -293,18 +323,21 @@ def test_training_sees_what_the_sampler_saw(name, guidance, solver, bound):
     calls = []
 
     def hear(net, args, kwargs, out):
-        calls.append((dict(model.signature.bind(*args, **kwargs).arguments), out[0]))
+        given = model.signature.bind(*args, **kwargs).arguments
+        calls.append((dict(given), out[0]))
 
     hook = model.net.register_forward_hook(hear, with_kwargs=True)
     condition = model.sample(TEXTS, SEEDS, "old")["condition"]
     hook.remove()
     assert len(calls) == len(model.times) == 3
-    for (given, out), level in zip(calls, model.pipe.scheduler.sigmas, strict=False):
+    old = model.lora.adapters["old"]
+    levels = model.pipe.scheduler.sigmas
+    for (given, out), level in zip(calls, levels, strict=False):
         x_t = given[model.input][-3:]
         t = torch.as_tensor(given["timestep"]).flatten()[-1]
         assert t in model.times
         ours = model.predict(x_t, t.expand(3), condition, "old")
-        second = folded(model, model.lora.adapters["old"], x_t, t.expand(3), condition)
+        second = folded(model, old, x_t, t.expand(3), condition)
         for prediction in (ours, second):
             assert_close(prediction, out[-3:], atol=1e-4, rtol=1e-4)
         if guidance > 1:
@@ -322,8 +355,10 @@ def test_theta_old_and_reference_share_one_base(name):
     for policy in ("theta", "old", "ema"):
         assert torch.equal(fresh.sample(TEXTS, SEEDS, policy)["images"], plain)
     filled = new_model(name, filled=True)
-    assert torch.equal(filled.sample(TEXTS, SEEDS, None)["images"], plain)
-    assert not torch.equal(filled.sample(TEXTS, SEEDS, "old")["images"], plain)
+    off = filled.sample(TEXTS, SEEDS, None)
+    assert torch.equal(off["images"], plain)
+    old = filled.sample(TEXTS, SEEDS, "old")
+    assert not torch.equal(old["images"], plain)
     # As peft's "gaussian" start: 1 / rank.
     assert 0.2 < fresh.lora.adapters["theta"][0].std() < 0.3
 
@@ -342,8 +377,9 @@ def test_diffusers_loads_the_weights(name):
     pipe.load_lora_weights(str(finished(name)))
     assert_close(draw(pipe), ours["images"], atol=1e-5, rtol=1e-5)
     assert_close(draw(pipe, "latent"), ours["x_0"], atol=1e-5, rtol=1e-5)
-    red = ours["images"][:, 0] - ours["images"][:, 1:].mean(1)
-    assert metrics(finished(name))[2]["eval_reward"] == pytest.approx(red.mean().item(), abs=1e-6)
+    reward = redness(ours["images"]).mean().item()
+    last = metrics(finished(name))[2]
+    assert last["eval_reward"] == pytest.approx(reward, abs=1e-6)
     assert (ours["x_0"] - base["x_0"]).abs().max() > 1e-3
 
 
@@ -406,24 +442,30 @@ def pair_terms(model, adapters, theta, one, t, eps, r):
     loss = 0
     for share, sign in ((r, 1), (1 - r, -1)):
         error = old + sign * beta * (out - old) - target
-        loss = loss + share * error.square().mean() / error.abs().mean().detach() / beta
+        scale = error.abs().mean().detach()
+        loss = loss + share * error.square().mean() / scale / beta
     weighted = (sigma / (alpha + sigma) * loss).squeeze()
-    return torch.stack(
-        [weighted, (out - ref).square().mean(), (out - old).square().mean().detach()]
-    )
+    kl = (out - ref).square().mean()
+    deviation = (out - old).square().mean().detach()
+    return torch.stack([weighted, kl, deviation])
 
 
 def adamw(theta, gradient, moments, step, lr):
     """One step of AdamW, its gradient clipped to norm 1; `moments` are changed in place."""
-    norm = torch.stack([g.norm() for g in gradient]).norm()
+    norms = [g.norm() for g in gradient]
+    norm = torch.stack(norms).norm()
     after = []
     for k, (x, g) in enumerate(zip(theta, gradient, strict=True)):
         g = g * min(1, 1 / norm)
-        m, v = moments[k]["exp_avg"], moments[k]["exp_avg_sq"]
+        m = moments[k]["exp_avg"]
+        v = moments[k]["exp_avg_sq"]
         m.copy_(0.9 * m + 0.1 * g)
         v.copy_(0.999 * v + 0.001 * g * g)
-        change = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-        after.append((x - lr * (change + 1e-4 * x)).detach())
+        m_hat = m / (1 - 0.9**step)
+        v_hat = v / (1 - 0.999**step)
+        change = m_hat / (v_hat.sqrt() + 1e-8)
+        x = x - lr * (change + 1e-4 * x)
+        after.append(x.detach())
     return after, norm
 
 
@@ -451,9 +493,11 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
     """An iteration equals Algorithm 1 written a second time: Collect, Reward, Optimize, Update."""
     out = shutil.copytree(finished(name), tmp_path / "run")
     state = checkpoint(out)
-    adapters, moments = state["lora"], state["optimizer"]["state"]
+    adapters = state["lora"]
+    moments = state["optimizer"]["state"]
     passed = one_iteration(out)
-    after, row = checkpoint(out)["lora"], metrics(out)[3]
+    after = checkpoint(out)["lora"]
+    row = metrics(out)[3]
     model = new_model(name)
 
     # Collect and Reward: three images of each of two prompts, each from noise of its own.
@@ -462,20 +506,23 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
     assert texts == [texts[0]] * 3 + [texts[3]] * 3
     assert texts[0] != texts[3]
     model.lora.adapters = adapters
-    rollout = model.sample(texts, [(*key, i) for i in range(6)], "old")
+    keys = [(*key, i) for i in range(6)]
+    rollout = model.sample(texts, keys, "old")
     assert_close(x_0, rollout["x_0"], atol=1e-4, rtol=1e-4)
-    raw = rollout["images"][:, 0].mean((1, 2)) - rollout["images"][:, 1:].mean((1, 2, 3))
+    raw = redness(rollout["images"])
     mean = raw.view(2, 3).mean(1).repeat_interleave(3)
     Z_c = 2 * (raw.std(correction=0) + 1e-4)
     r = 0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)
 
     # Optimize: each image at two of the sampler's times, in two steps of AdamW.
     index, t, eps = (torch.cat(parts) for parts in zip(*passed.pairs, strict=True))
-    assert sorted(index.tolist()) == sorted([*range(6)] * 2)
-    assert len(set(zip(index.tolist(), t.tolist(), strict=True))) == 12
+    assert sorted(index.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    pairs = zip(index.tolist(), t.tolist(), strict=True)
+    assert len(set(pairs)) == 12
     assert all(time in model.times for time in t)
     assert len(eps.unique()) > 3000
-    theta, ema = adapters["theta"], adapters["ema"]
+    theta = adapters["theta"]
+    ema = adapters["ema"]
     logged = torch.zeros(4)
     # Four optimizer steps were before.
     for step, part in enumerate(torch.arange(12).split(6), 5):
@@ -485,7 +532,8 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
             i = index[k].item()
             one = nft.map_tensors(lambda x, i=i: x[i : i + 1], rollout)
             pair = (t[k : k + 1], eps[k : k + 1], r[i])
-            terms = terms + pair_terms(model, adapters, theta, one, *pair) / 6
+            found = pair_terms(model, adapters, theta, one, *pair)
+            terms = terms + found / 6
         gradient = torch.autograd.grad(terms[0] + 0.5 * terms[1], theta)
         theta, norm = adamw(theta, gradient, moments, step, lr=0.01)
         logged += torch.stack([*terms.detach(), norm]) / 2
@@ -493,13 +541,17 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
 
     # Update.
     old = [0.4 * x + 0.6 * y for x, y in zip(adapters["old"], theta, strict=True)]
-    for name_of, mine in (("theta", theta), ("ema", ema), ("old", old)):
-        vectors = (adapters[name_of], after[name_of], mine)
+    second = {"theta": theta, "ema": ema, "old": old}
+    for policy, mine in second.items():
+        vectors = (adapters[policy], after[policy], mine)
         was, now, expected = map(torch.nn.utils.parameters_to_vector, vectors)
-        assert (now - expected).norm() < 2e-3 * (now - was).norm(), name_of
-    names = ["loss", "kl", "old_deviation", "grad_norm", "reward", "reward_std", "r_std"]
-    values = [*logged, raw.mean(), raw.std(correction=0), r.std(correction=0)]
-    assert [row[x] for x in names] == pytest.approx([x.item() for x in values], rel=1e-3)
+        assert (now - expected).norm() < 2e-3 * (now - was).norm(), policy
+    expected = dict(zip(["loss", "kl", "old_deviation", "grad_norm"], logged, strict=True))
+    expected["reward"] = raw.mean()
+    expected["reward_std"] = raw.std(correction=0)
+    expected["r_std"] = r.std(correction=0)
+    for field, value in expected.items():
+        assert row[field] == pytest.approx(value.item(), rel=1e-3)
     assert row["eta"] == 0.4
 
 
@@ -515,7 +567,8 @@ def test_gradients_are_clipped_at_norm_1(tmp_path):
     assert rows[1]["grad_norm"] > 2
     moments = checkpoint(tmp_path / "run")["optimizer"]["state"].values()
     # After one step the first moment is a tenth of the gradient.
-    norm = sum((10 * m["exp_avg"]).square().sum() for m in moments).sqrt()
+    squares = [(10 * m["exp_avg"]).square().sum() for m in moments]
+    norm = sum(squares).sqrt()
     assert norm.item() == pytest.approx(1, rel=1e-4)
 
 
@@ -523,7 +576,8 @@ def test_only_adapters_learn(tmp_path):
     """The base is bit for bit the same after training; adapters are fp32 whatever the base is."""
     model = new_model("sd15")
     before = {name: x.clone() for name, x in model.net.state_dict().items()}
-    config = nft.configure(out=tmp_path / "run", **common.settings("sd15", precision="bf16"))
+    settings = common.settings("sd15", out=tmp_path / "run", precision="bf16")
+    config = nft.configure(**settings)
     made = []
 
     def make_model(config):
@@ -537,18 +591,20 @@ def test_only_adapters_learn(tmp_path):
         assert {x.dtype for x in adapter} == {torch.float32}
 
 
-def shuffled_red(images, prompts, metadata):
-    """The rewards of a batch, given to the wrong images."""
-    red = images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-    return red[torch.randperm(len(red), generator=nft.generator("shuffled", red.sum().item()))]
-
-
 def red(images, prompts, metadata):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+    return redness(images)
 
 
 def minus_red(images, prompts, metadata):
-    return -red(images, prompts, metadata)
+    return -redness(images)
+
+
+def shuffled_red(images, prompts, metadata):
+    """The rewards of a batch, given to the wrong images."""
+    rewards = redness(images)
+    noise = nft.generator("shuffled", rewards.sum().item())
+    order = torch.randperm(len(rewards), generator=noise)
+    return rewards[order]
 
 
 def test_reward_rises(tmp_path):
@@ -601,13 +657,13 @@ def test_ctrl_c_and_resume(tmp_path):
     out = tmp_path / "run"
     words = common.command_line("sd15", out=out, iterations=10**6)
     environment = common.os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, HERE / "nft.py", *words], stderr=subprocess.PIPE, env=environment
-    )
+    call = [sys.executable, HERE / "nft.py", *words]
+    process = subprocess.Popen(call, stderr=subprocess.PIPE, env=environment, text=True)
     while process.poll() is None and not (out / "samples/000002.png").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    line = process.communicate(timeout=60)[1].decode().strip().splitlines()[-1]
+    _, said = process.communicate(timeout=60)
+    line = said.strip().splitlines()[-1]
     assert process.returncode == 130
     done = checkpoint(out)["rows"][-1]["iteration"]
     # One behind where the signal fell into the last rename, and never ahead.
@@ -621,11 +677,14 @@ def test_ctrl_c_and_resume(tmp_path):
     whole = common.command_line("sd15", out=tmp_path / "whole", iterations=done + 2)
     assert command(*whole, env=environment).returncode == 0
     assert metrics(out, "seconds") == metrics(tmp_path / "whole", "seconds")
+    resumed = checkpoint(out)["lora"]
+    unbroken = checkpoint(tmp_path / "whole")["lora"]
     for name in ("theta", "old", "ema"):
-        pair = (checkpoint(out)["lora"][name], checkpoint(tmp_path / "whole")["lora"][name])
-        assert all(torch.equal(x, y) for x, y in zip(*pair, strict=True))
+        for x, y in zip(resumed[name], unbroken[name], strict=True):
+            assert torch.equal(x, y)
     weights = "pytorch_lora_weights.safetensors"
-    assert (out / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    whole = tmp_path / "whole" / weights
+    assert (out / weights).read_bytes() == whole.read_bytes()
 
 
 def fails_at(iteration, how):
@@ -736,12 +795,13 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(lines))
     config = nft.configure(model="x", prompts=tmp_path / "p.txt", out="x")
     trained, held_out = nft.load_prompt_sets(config)
-    names = [{prompt for prompt, _ in prompts} for prompts in (trained, held_out)]
-    assert len(held_out) == len(names[1]) == 4
-    assert names[0].isdisjoint(names[1])
+    shown = {prompt for prompt, _ in trained}
+    hidden = {prompt for prompt, _ in held_out}
+    assert len(held_out) == len(hidden) == 4
+    assert shown.isdisjoint(hidden)
     assert len(trained) == 72
     # Not the tail of a file that may be sorted.
-    assert names[1] != {f"picture {i}" for i in range(36, 40)}
+    assert hidden != {f"picture {i}" for i in range(36, 40)}
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
@@ -786,20 +846,25 @@ def test_nft_py_alone_trains(alone):
 @pytest.mark.parametrize("words", [[], ["--model", "sd3", "--reward", "clip"]])
 def test_nft_py_alone_names_what_is_missing(alone, words):
     """What needs the repository says so in one line that names the file, and exits 2."""
-    done = subprocess.run(
-        [sys.executable, "nft.py", *words], cwd=alone, capture_output=True, text=True, check=False
-    )
+    call = [sys.executable, "nft.py", *words]
+    done = subprocess.run(call, cwd=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "examples/" in line
-    assert sorted(file.name for file in alone.iterdir()) in (["nft.py"], ["__pycache__", "nft.py"])
+    files = {file.name for file in alone.iterdir()}
+    assert files - {"__pycache__"} == {"nft.py"}
 
 
 def process_state():
     """What a library must not leave changed."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    precision = torch.get_float32_matmul_precision()
-    return handlers, list(sys.path), sys.stdout, torch.get_num_threads(), precision
+    return {
+        "SIGINT": signal.getsignal(signal.SIGINT),
+        "SIGTERM": signal.getsignal(signal.SIGTERM),
+        "path": list(sys.path),
+        "stdout": sys.stdout,
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
 
 
 def test_the_library_does_what_the_command_does(tmp_path):
