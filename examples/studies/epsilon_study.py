@@ -188,6 +188,9 @@ def settings(name, seed, args):
         "eval_steps": 10,
         "train_times": 3,
         "warmup": 10,
+        "z": 5.0,
+        "ema": 0.9,
+        "kl": 0.1,
     }
     return common | ROWS[name].settings
 

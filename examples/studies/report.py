@@ -20,6 +20,8 @@ COSTS = {
 }
 # A low and a high accuracy.
 TARGETS = (0.5, 0.7)
+# What some rows watch: rewards of examples/rewards/, of the held-out images.
+HEALTH = ("brightness", "saturation")
 COMPARISONS = ("tiny", "tiny-sd3")
 ABLATIONS = ("negative", "solvers", "eta", "weighting", "beta", "off-policy")
 # The costs in the table of a figure, where they are not images alone.
@@ -58,8 +60,8 @@ def finished(row, folder):
 def points(row, folder):
     """The evaluations of a finished run, in order; none of an unfinished one.
 
-    Each is a dict of `accuracy`, `roughness` and what the run had spent by then: `images`,
-    `evaluations` and `seconds`.
+    Each is a dict of `accuracy`, `roughness`, what the run watched of HEALTH, and what it had spent
+    by then: `images`, `evaluations` and `seconds`.
     """
     if not finished(row, folder):
         return []
@@ -77,6 +79,9 @@ def points(row, folder):
             "accuracy": logged["eval_reward"],
             "roughness": logged["eval_roughness"],
         }
+        for name in HEALTH:
+            if f"eval_reward/{name}" in logged:
+                point[name] = logged[f"eval_reward/{name}"]
         found.append(point)
     return found
 
@@ -208,8 +213,8 @@ def sweep_table(wanted, out, seed):
     return f"{table(titles, lines)}\nThe sweep took {minutes:.0f} minutes of a core.\n"
 
 
-def result_line(row, runs, costs, targets):
-    """A row's line of `result_table`, from its runs, lists of points."""
+def result_line(row, runs, health, costs, targets):
+    """A row's line of `result_tables`, from its runs, lists of points."""
     accuracies = [run[-1]["accuracy"] for run in runs]
     best = [max(point["accuracy"] for point in run) for run in runs]
     roughness = [run[-1]["roughness"] for run in runs]
@@ -220,6 +225,8 @@ def result_line(row, runs, costs, targets):
         mean(best),
         mean(roughness, ".2f"),
     ]
+    for name in health:
+        line.append(mean([run[-1][name] for run in runs], ".2f"))
     for target in targets:
         for cost in costs:
             line.append(spread([reach(run, cost, target) for run in runs]))
@@ -246,17 +253,19 @@ def result_tables(wanted, runs, costs, targets):
     runs: {name: {seed: points}}.
     """
     titles = [f"{COSTS[cost]} to {target}" for target in targets for cost in costs]
+    made = [run for row in wanted for run in runs[row.name].values()]
+    health = [name for name in HEALTH if all(name in run[-1] for run in made)]
     lines = []
     ratios = []
     for row in wanted:
         mine = runs[row.name]
         if not mine:
             continue
-        lines.append(result_line(row, list(mine.values()), costs, targets))
+        lines.append(result_line(row, list(mine.values()), health, costs, targets))
         if row.method != "nft":
             ratios.append(ratio_line(row, mine, runs[wanted[0].name], costs, targets))
     first = ["row", "settings", "accuracy at the end", "at its best", "roughness"]
-    text = table(first + titles, lines)
+    text = table(first + health + titles, lines)
     if ratios:
         text += "\n" + table(["median (range)", *titles], ratios)
     return text

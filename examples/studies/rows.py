@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
+import epsilon_study
+
 import nft
 
 
@@ -52,7 +54,7 @@ def describe(settings):
     """The settings that say what a row is, as text."""
     words = []
     for name, value in settings.items():
-        if name not in ("eval_every", "ema") and value != SCHEDULE.get(name):
+        if name not in ("eval_every", "ema", "watch") and value != SCHEDULE.get(name):
             words.append(f"{name} {value}")
     return ", ".join(words)
 
@@ -483,6 +485,21 @@ def signal_row(name="default", change=None, reuse=1, **settings):
     )
 
 
+def epsilon_row(name):
+    """A row of epsilon_study.py, where its text says what it changes."""
+    changed = epsilon_study.ROWS[name]
+    settings = {"lr": 2e-3, "beta": 1.0, "eval_every": 15, "watch": "brightness,saturation"}
+    return Row(
+        name=f"epsilon-{name}",
+        label=changed.text,
+        method="nft",
+        model="tiny",
+        iterations=30,
+        settings=settings | changed.settings,
+        change=functools.partial(epsilon_study.parts, changed),
+    )
+
+
 def order_of_work(name, iterations, **settings):
     """A row on tiny-sd3; all share learning rate, beta and the average of theta."""
     settings = {"lr": 3e-3, "beta": 0.3, "ema": 0.9, "eval_every": 2} | settings
@@ -566,6 +583,7 @@ FIGURES = {
         signal_row("norm-hinge-0", functools.partial(hinged, 0.0)),
         signal_row("norm-hinge-10", functools.partial(hinged, 10.0)),
     ],
+    "epsilon": [epsilon_row(name) for name in epsilon_study.ROWS],
     "precision": [
         signal_row(),
         signal_row("bf16", precision="bf16"),
@@ -586,6 +604,7 @@ TITLES = {
     "off-policy": "Images trained on k times: default once",
     "released": "The released order of work, and coarser rollouts, on tiny-sd3",
     "literature": "From the literature: default as above",
+    "epsilon": "What keeps eps-prediction healthy",
     "precision": "Precision of the base: default fp32",
     "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
 }

@@ -614,9 +614,9 @@ def test_a_method_has_one_colour():
     tiny = report.styles(rows.FIGURES["tiny"])
     assert len(set(tiny)) == len(rows.FIGURES["tiny"])
     assert report.styles(rows.FIGURES["tiny-sd3"])[0] == tiny[0]
-    for wanted in rows.FIGURES.values():
-        if wanted != rows.FIGURES["sweep"]:
-            assert len(set(report.styles(wanted))) == len(wanted)
+    for name in ("default", *report.COMPARISONS, *report.ABLATIONS):
+        wanted = rows.FIGURES[name]
+        assert len(set(report.styles(wanted))) == len(wanted)
 
 
 def test_images_count_once(tmp_path):
