@@ -73,9 +73,12 @@ def reason(error):
         # Libraries are plain at the start or at the end, seldom in between.
         text = f"{text[:150]} ... {text[-250:]}"
     text = f"{type(error).__name__}: {text}"
-    ours = reason.__code__.co_filename
+    # This file, and Python's own.
+    others = (reason.__code__.co_filename, os.path.dirname(os.__file__), "<")
+    # site-packages, or dist-packages.
+    installed = f"-packages{os.sep}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((ours, sys.prefix, sys.base_prefix, "<")):
+        if not frame.filename.startswith(others) and installed not in frame.filename:
             return f"{text} at {frame.filename}:{frame.lineno}"
     return text
 
@@ -553,6 +556,8 @@ class Model:
         """Refuse a solver of other calls, signs or noise levels than (alpha_t, sigma_t) (2, S)."""
         if self.config.guidance > 1 and len(self.calls) != len(self.steps):
             self.refuse("must guide in one call of its denoiser a step")
+        if levels.shape[1] != len(self.steps):
+            self.refuse("must call its denoiser equally often in each step")
         # Some negate its output, which predict_x0 would take for the other velocity. The last row
         # is, with guidance, the conditional one.
         if (self.calls[-1].out[-1].float() * self.steps[-1].out[-1].float()).sum() <= 0:
@@ -869,7 +874,7 @@ def open_run(config, model, rewards, prompts):
     with blame(f"--out {run.dir}: must be a directory to write to", "take another one"):
         (run.dir / "samples").mkdir(parents=True, exist_ok=True)
         write_text(run.dir / "config.json", json.dumps(vars(config), indent=1, default=str))
-        write_card(run, held_out)
+    write_card(run, held_out)
     distinct = list(dict(trained + held_out))
     both = dict(trained).keys() & dict(held_out).keys()
     warning = f"; {len(both)} of these are trained on, so they are not held out" if both else ""
@@ -1033,8 +1038,8 @@ def evaluate(run, rewards, prompts, iteration):
     grid = picture_grid(images, captions)
     write_file(run.dir / f"samples/{iteration:06d}.png", lambda file: grid.save(file, "PNG"))
     if iteration and RANK == 0:
-        both = [Image.open(run.dir / "samples/000000.png"), grid]
-        both = make_image_grid(both, rows=2, cols=1)
+        before = Image.open(run.dir / "samples/000000.png")
+        both = make_image_grid([before, grid], rows=2, cols=1)
         write_file(run.dir / "before_after.png", lambda file: both.save(file, "PNG"))
     return row
 
@@ -1137,7 +1142,11 @@ def gradient_step(run, step):
 def try_rewards(model, rewards, prompts):
     """What a reward refuses fails here, before anything is written: its own `check` of all prompts
     and metadata, where it has one, and a trial image."""
+    named = {}
     for reward in rewards:
+        if named.setdefault(reward.name, reward.function) is not reward.function:
+            rule = "must be one reward alone, trained on or watched"
+            raise UserError(f"reward {reward.name}: {rule}; give one another name")
         if hasattr(reward.function, "check"):
             with blame(f"reward {reward.name}: must accept --prompts and --eval-prompts"):
                 reward.function.check(*map(list, zip(*prompts, strict=True)))
@@ -1249,8 +1258,8 @@ def train(
         failure = UserError(f"{reason(error)} in iteration {number}; {mend}")
         failure.status = 130 if isinstance(error, KeyboardInterrupt) else 1
         raise failure from error
-    rewards = f"{run.rows[0]['eval_reward']:.3f} -> {run.rows[-1]['eval_reward']:.3f}"
-    say(f"held-out reward {rewards}; pictures and how to use it: {run.dir}/README.md")
+    change = f"{run.rows[0]['eval_reward']:.3f} -> {run.rows[-1]['eval_reward']:.3f}"
+    say(f"held-out reward {change}; pictures and how to use it: {run.dir}/README.md")
     return run.rows
 
 
@@ -1259,26 +1268,18 @@ MAY_CHANGE = {"out", "resume", "iterations", "eval_every", "save_every"}
 MAY_CHANGE |= {"device", "batch_size", "checkpointing"}
 
 
-def saved_settings(given):
-    """The settings of the run in --out, which must not contradict those that are given."""
-    with blame(f"--resume: --out {given.get('out', 'DIR')} must hold a run"):
-        saved = dict(json.loads((Path(given["out"]) / "config.json").read_text("utf-8")))
-    for name, value in given.items():
-        # A function may be another object of the same code.
-        fixed = name not in MAY_CHANGE and isinstance(value, (str, int, float))
-        if fixed and value != saved.get(name):
-            rule = f"{FLAGS[name]} {value}: must stay {saved.get(name)} in this run"
-            raise UserError(f"{rule}; leave it out, or take another --out without --resume")
-    return saved
-
-
 def check(config):
     """Refuse what can be refused before a model is loaded. Raises UserError."""
     for name, field in FIELDS.items():
         value, rule = getattr(config, name), None
         low, high, choices = (field.metadata[x] for x in ("low", "high", "choices"))
         kind = (int, float) if field.type is float else field.type
-        if name not in ("reward", "watch", "eta") and not isinstance(value, kind):
+        if name in ("reward", "watch"):
+            right = callable(value) or isinstance(value, (str, dict))
+        else:
+            # eta may be a number, too.
+            right = name == "eta" or isinstance(value, kind)
+        if not right:
             rule = f"must be of type {field.type.__name__}"
         elif low is not None and not low <= value < high:
             rule = f"must be a number from {low} to below {high}"
@@ -1300,7 +1301,14 @@ def configure(**given):
     given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
     defaults = dict(PRESETS.get(given.get("model", Config.model), {}))
     if given.get("resume"):
-        defaults = saved_settings(given)
+        with blame(f"--resume: --out {given.get('out', 'DIR')} must hold a run"):
+            defaults = dict(json.loads((Path(given["out"]) / "config.json").read_text("utf-8")))
+        for name, value in given.items():
+            # A function may be another object of the same code.
+            fixed = name not in MAY_CHANGE and isinstance(value, (str, int, float))
+            if fixed and value != defaults.get(name, value):
+                rule = f"{FLAGS[name]} {value}: must stay {defaults[name]} in this run"
+                raise UserError(f"{rule}; leave it out, or take another --out without --resume")
     elif "prompts" in given:
         # Prompts of your own bring their own held-out ones.
         defaults.pop("eval_prompts", None)
@@ -1332,8 +1340,8 @@ def parse(argv=None):
         kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        text = f"{field.metadata['help']} ({field.default!r})"
-        group.add_argument(FLAGS[name], default=argparse.SUPPRESS, help=text, **kind)
+        help = f"{field.metadata['help']} ({field.default!r})"
+        group.add_argument(FLAGS[name], default=argparse.SUPPRESS, help=help, **kind)
     return configure(**vars(parser.parse_args(argv)))
 
 

@@ -237,6 +237,36 @@ def test_an_error_in_a_reward_names_its_line(kennels, capsys):
     assert line.split("JSONDecodeError")[1].split(";")[0].endswith(f"{kennels}/r.py:3)")
 
 
+def test_an_error_below_the_prefix_names_its_line(kennels, monkeypatch):
+    """A project may lie where Python does, as in a container: what counts is who wrote the file."""
+    (kennels / "r.py").write_text("def score(images, prompts, metadata):\n    return 1 / 0\n")
+    monkeypatch.setattr(sys, "prefix", "/")
+    monkeypatch.setattr(sys, "base_prefix", "/")
+    (reward,) = nft.load_rewards("r.py:score", "--reward")
+    with pytest.raises(ZeroDivisionError) as failure:
+        reward.function([], [], [])
+    assert nft.reason(failure.value).endswith(f"at {kennels}/r.py:2")
+
+
+def test_one_name_is_one_reward(tmp_path):
+    """A watched reward of the same name would hide the one that is trained on."""
+
+    def jpeg(images, prompts, metadata):
+        return [0.0] * len(images)
+
+    with pytest.raises(nft.UserError, match="reward jpeg: must be one reward"):
+        train("sd15", tmp_path / "run", reward=jpeg, watch="jpeg")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("settings", [{"reward": 5}, {"watch": None}, {"resume": True, "foo": 1}])
+def test_settings_of_a_library_are_refused_in_a_line(settings):
+    """What the command line cannot say is a UserError, too."""
+    settings = {"out": common.finished("sd15")} | settings
+    with pytest.raises(nft.UserError):
+        nft.configure(**settings)
+
+
 CHECKED = """
 def score(images, prompts, metadata):
     return [len(prompt) for prompt in prompts]
