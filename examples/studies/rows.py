@@ -569,6 +569,7 @@ FIGURES = {
         order_of_work("released", 24, train_times=9, warmup=0, kl=2e-5),
         order_of_work("5-steps", 32, steps=5),
         order_of_work("5-steps-1-time", 32, steps=5, train_times=1, warmup=3),
+        order_of_work("z-1.5", 24, steps=5, train_times=9, warmup=4, kl=0, z=1.5),
     ],
     "literature": [
         signal_row(),
