@@ -363,10 +363,9 @@ def load_pipeline(config, dtype):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     path = locate(MODELS.get(config.model, config.model))
+    rule = f"--model {config.model}: must be {', '.join(PRESETS)}, a directory or hub id"
     mend = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR) converts a file"
-    with blame(
-        f"--model {config.model}: must be {', '.join(PRESETS)}, a directory or hub id", mend
-    ):
+    with blame(rule, mend):
         index = diffusers.DiffusionPipeline.load_config(path)
         # Components that were saved as missing, such as SD3's T5, must be named.
         off = {name: None for name, kind in index.items() if kind == [None, None]}
@@ -737,14 +736,13 @@ def load_prompts(path, flag):
         lines = [line for line in text.split("\n") if line.strip()]
         if kind == ".jsonl":
             rows = [json.loads(line) for line in lines]
-        else:
+        elif kind == ".txt" and not text.lstrip().startswith(('{"', "[{", '["')):
             rows = [{"prompt": line} for line in lines]
+        else:
+            raise ValueError("it is neither")
         prompts = [(row.pop("prompt").strip(), row) for row in rows]
         # Lone surrogates of JSON are no text.
         "".join(prompt for prompt, _ in prompts).encode()
-    is_json = kind == ".txt" and text.lstrip().startswith(('{"', "[{", '["'))
-    if is_json or kind not in (".txt", ".jsonl"):
-        raise UserError(f"{rule}; {mend}")
     if not prompts or not all(prompt for prompt, _ in prompts):
         raise UserError(f"{rule}, and none empty; correct it")
     return prompts
