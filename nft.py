@@ -145,10 +145,10 @@ GROUPS = {"model": "model, reward and prompts", "out": "run", "iterations": "Alg
 GROUPS |= {"rank": "adapter and sampler", "precision": "hardware", "seed": "the rest"}
 
 TINY = dict(reward="examples/tiny/shapes.py:reward", prompts="examples/tiny/train.txt")
-TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2", batch_size=64, updates=4)
+TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2", batch_size=96, updates=4)
 # Departs from section 4: rollouts are coarser than evaluation. Clean pictures are learned from
 # rough ones.
-QUICK = dict(iterations=12, steps=5, eval_steps=10, eval_every=6)
+QUICK = dict(iterations=11, steps=5, eval_steps=10, eval_every=6)
 QUICK |= dict(lr=2e-3, warmup=4, beta=0.3, kl=0.1, z=1.5, ema=0.8)
 TINY_SD3 = dict(iterations=130, lr=1.5e-3, kl=0.03, ema=0.99, eval_every=20, max_sequence_length=2)
 TINY_SD3 |= dict(train_times=3)
