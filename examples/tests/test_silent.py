@@ -459,7 +459,7 @@ def test_help_shows_the_presets():
     """A table of what each preset changes."""
     text = start("--help").stdout.decode()
     assert "{'" not in text
-    assert re.search(r"tiny-sd3 .*--lr 0.0015", text)
+    assert re.search(r"tiny-sd3 .*--lr 0.003", text)
     assert all(f"\n{title}:\n" in text for title in nft.GROUPS.values())
 
 
