@@ -150,7 +150,7 @@ TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2", batch_size
 # rough ones.
 QUICK = dict(iterations=11, steps=5, eval_steps=10, eval_every=6)
 QUICK |= dict(lr=2e-3, warmup=4, beta=0.3, kl=0.1, z=1.5, ema=0.8)
-TINY_SD3 = dict(iterations=30, train_times=9, eval_every=10, max_sequence_length=2)
+TINY_SD3 = dict(iterations=40, train_times=9, eval_every=10, max_sequence_length=2)
 TINY_SD3 |= dict(lr=3e-3, warmup=4, kl=0.03, z=1.5, ema=0.95)
 PRESETS = {  # defaults that a model replaces; a flag always wins
     "tiny": TINY | QUICK,
