@@ -357,7 +357,8 @@ def test_plot_has_parts_and_watched(tmp_path):
     with the rows' own numbers, on an axis that fits them."""
     rows = run_until(tmp_path / "run", 4)
     axes, labels = figure_of(tmp_path / "run")
-    assert labels == ["run"]
+    (label,) = labels
+    assert label.startswith(f"run ({rows[-1]['images']:,} images, ")
     names = {
         "held-out reward": "eval_reward",
         "jpeg": "eval_reward/jpeg",
