@@ -609,12 +609,17 @@ def shuffled_red(images, prompts, metadata):
 
 def test_reward_rises(tmp_path):
     """The held-out reward rises; negated, it falls; shuffled, it stays where it was."""
+    # A quarter of them: evaluation would take most of the time.
+    captions = (HERE / "examples/tiny/heldout.txt").read_text().splitlines()[:64]
+    held_out = tmp_path / "heldout.txt"
+    held_out.write_text("\n".join(captions))
 
     def change(reward):
         """Of the held-out redness, over eight iterations on the tiny pipeline."""
         settings = {"iterations": 8, "groups": 4, "group_size": 12, "updates": 4, "steps": 4}
         settings |= {"lr": 5e-3, "beta": 0.5, "kl": 0.01, "eta": 0, "rank": 16, "eval_every": 9}
         settings |= {"z": 2.0, "warmup": 3, "ema": 0.8, "train_times": 2}
+        settings |= {"eval_prompts": held_out}
         out = tmp_path / reward.__name__
         tiny = nft.configure(
             model="tiny", reward=reward, watch={"redness": red}, out=out, **settings
