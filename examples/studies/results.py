@@ -210,13 +210,18 @@ def show(name, runs):
     wanted = [row for row in rows.FIGURES[name] if row.name in points]
     if not wanted:
         return "\nNot measured on today's code.\n"
-    origins = set()
+    # Commits by all else that is known of where the runs were made.
+    origins = collections.defaultdict(set)
     for row in wanted:
         for seed in points[row.name]:
             found = runs[f"{row.name}-{seed}"]["origin"]
-            told = [f"{k} {value}" for k, value in found.items() if k != "fingerprint"]
-            origins.add(f"*{', '.join(told)}.*\n")
-    return f"\n{report.figure_table(name, wanted, points)}\n{''.join(sorted(origins))}"
+            shown = [k for k in found if k not in ("commit", "fingerprint")]
+            place = "".join(f", {k} {found[k]}" for k in shown)
+            origins[place].add(found["commit"])
+    told = []
+    for place, commits in sorted(origins.items()):
+        told.append(f"*commit {' and '.join(sorted(commits))}{place}.*\n")
+    return f"\n{report.figure_table(name, wanted, points)}\n{''.join(told)}"
 
 
 def fill(page, runs):
