@@ -5,7 +5,7 @@
     python examples/studies/epsilon_study.py --plot study.png       # of the runs that are there
     python examples/studies/epsilon_study.py --reward learned --iterations 60 --out runs/learned
 
-A row changes the preset `tiny`, with beta 1 and 4 updates, in one thing, at an equal budget. All
+A row changes `settings`, on the pipeline `tiny`, in one thing, at an equal budget. All
 run at a learning rate of 2e-3: at half of it nearly everything works for a while, and the study
 would show luck alone. Runs that --out already holds are not repeated; one that was cut off starts
 anew. Besides roughness the table has three numbers of the held-out pictures: mean and standard

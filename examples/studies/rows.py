@@ -43,8 +43,8 @@ class Row:
     reuse: float = 1
 
 
-# The schedule of every row but where it or its method says otherwise: presets may move, and theirs
-# is coarser.
+# The schedule of every row but where it or its method says otherwise: presets may move, and
+# tiny's is coarser.
 SCHEDULE = {"steps": 10, "eval_steps": 10, "train_times": 3, "warmup": 10, "z": 5.0, "ema": 0.9}
 # And the weight of its KL term.
 KL = {"tiny": 0.1, "tiny-sd3": 0.03}
@@ -439,7 +439,7 @@ LABELS = {
     "flowgrpo": "FlowGRPO",
 }
 # The ablations' own settings: a learning rate at which not everything works for a while, and on
-# tiny-sd3 the average of theta of tiny, which follows a short run.
+# tiny-sd3 an average of theta that follows a short run.
 ABLATED = {
     "tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 3},
     "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "ema": 0.9, "eval_every": 4},
