@@ -242,7 +242,7 @@ def parse(argv):
     seeds = [0, 1, 2]
     out = Path("runs/figures")
     if args.quick:
-        left_out = (*LEFT_OUT, "signal")
+        left_out = (*LEFT_OUT, "signal", "epsilon")
         seeds = [0]
         out = Path("runs/figures-quick")
     args.figures = args.figures or [name for name in rows.FIGURES if name not in left_out]
