@@ -1139,8 +1139,8 @@ def gradient_step(run, step):
 
 
 def try_rewards(model, rewards, prompts):
-    """What a reward refuses fails here, before anything is written: its own `check` of all prompts
-    and metadata, where it has one, and a trial image."""
+    """What is wrong with a reward fails here, before anything is written: a name of two rewards,
+    its own `check` of all prompts and metadata, where it has one, and a trial image."""
     named = {}
     for reward in rewards:
         if named.setdefault(reward.name, reward.function) is not reward.function:

@@ -361,12 +361,12 @@ def draw_panel(axis, title, wanted, runs, cost):
         axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.set_title(title, fontsize=11)
     axis.set(xlabel=COSTS[cost], ylabel="held-out accuracy", ylim=(0, 1))
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if cost == "evaluations":
         axis.set_xscale("log", nonpositive="mask")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
+    # After the scale, which brings its own.
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     for target in TARGETS:
         axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
         place = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "color": "gray"}

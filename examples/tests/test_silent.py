@@ -259,6 +259,13 @@ def test_one_name_is_one_reward(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_uneven_calls_of_the_denoiser_are_refused():
+    """Where the steps have different numbers of calls, nobody knows which call is which step's."""
+    model = common.new_model("sd15")
+    with pytest.raises(nft.UserError, match="equally often"):
+        model.check_solver(torch.zeros(2, len(model.steps) + 1))
+
+
 @pytest.mark.parametrize("settings", [{"reward": 5}, {"watch": None}, {"resume": True, "foo": 1}])
 def test_settings_of_a_library_are_refused_in_a_line(settings):
     """What the command line cannot say is a UserError, too."""
