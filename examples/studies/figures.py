@@ -57,15 +57,16 @@ LEFT_OUT = ("sweep", "precision")
 
 # ---- Runs ----------------------------------------------------------------------------------------
 class Meter:
-    """Counts what a run spends; its make_model and evaluate are parts of nft.train.
+    """Counts what a run spends; its make_model and measure are parts of nft.train.
 
     Rows that are evaluated get `cpu`, seconds of the process, and `evaluations`, samples that went
     through the denoiser. Both leave out loading and evaluation. A forward pass with a backward one
     counts as one evaluation. The seconds are not a clock's, which other processes would slow down.
     """
 
-    def __init__(self, make_model=nft.Model, clock=time.process_time):
+    def __init__(self, make_model=nft.Model, evaluate=nft.evaluate, clock=time.process_time):
         self.inner = make_model
+        self.evaluate = evaluate
         self.clock = clock
         self.count = None
         self.cpu = 0.0
@@ -78,8 +79,8 @@ class Meter:
         self.count = baselines.Count(model)
         return model
 
-    def evaluate(self, run, rewards, prompts, iteration):
-        """nft.evaluate by EVALUATION_SOLVER, and what was spent before it."""
+    def measure(self, run, rewards, prompts, iteration):
+        """`evaluate` by EVALUATION_SOLVER, and what was spent before it."""
         if iteration == 0:
             # Without the trial image.
             self.count.n = 0
@@ -89,7 +90,7 @@ class Meter:
         pipe = run.model.pipe
         own = pipe.scheduler
         pipe.scheduler = nft.pick_solver(EVALUATION_SOLVER, own)
-        fields = nft.evaluate(run, rewards, prompts, iteration)
+        fields = self.evaluate(run, rewards, prompts, iteration)
         pipe.scheduler = own
         self.count.n = evaluations
         self.since = self.clock()
@@ -98,8 +99,8 @@ class Meter:
 
 def split(row):
     """A row's settings, with its method's: those of nft.Config, and those of baselines.parts."""
-    if not row.settings:
-        return {}, {}
+    if not row.pinned:
+        return row.settings, {}
     given = PINNED | rows.SCHEDULE
     if row.model in rows.KL:
         given["kl"] = rows.KL[row.model]
@@ -152,8 +153,8 @@ def run(row, folder, seed):
     origin = results.origin()
     _, own = split(row)
     changed = parts(row, own)
-    meter = Meter(changed.get("make_model", nft.Model))
-    changed |= {"make_model": meter.make_model, "evaluate": meter.evaluate}
+    meter = Meter(changed.get("make_model", nft.Model), changed.get("evaluate", nft.evaluate))
+    changed |= {"make_model": meter.make_model, "evaluate": meter.measure}
     quiet = io.StringIO()
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
@@ -242,7 +243,7 @@ def parse(argv):
     seeds = [0, 1, 2]
     out = Path("runs/figures")
     if args.quick:
-        left_out = (*LEFT_OUT, "signal", "epsilon")
+        left_out = (*LEFT_OUT, "signal", "epsilon", "learned", "long")
         seeds = [0]
         out = Path("runs/figures-quick")
     args.figures = args.figures or [name for name in rows.FIGURES if name not in left_out]

@@ -20,8 +20,10 @@ COSTS = {
 }
 # A low and a high accuracy.
 TARGETS = (0.5, 0.7)
-# What some rows watch: rewards of examples/rewards/, of the held-out images.
-HEALTH = ("brightness", "saturation")
+# What some rows watch on the held-out images: rewards, and the accuracy when they are sampled with
+# guidance.
+WATCHED = ("brightness", "saturation", "shapes:reward")
+WATCHED += tuple(f"guidance {scale}" for scale in rows.SCALES)
 COMPARISONS = ("tiny", "tiny-sd3")
 ABLATIONS = ("negative", "solvers", "eta", "weighting", "beta", "off-policy")
 # The costs in the table of a figure, where they are not images alone.
@@ -60,7 +62,7 @@ def finished(row, folder):
 def points(row, folder):
     """The evaluations of a finished run, in order; none of an unfinished one.
 
-    Each is a dict of `accuracy`, `roughness`, what the run watched of HEALTH, and what it had spent
+    Each is a dict of `accuracy`, `roughness`, what there is of WATCHED, and what the run had spent
     by then: `images`, `evaluations` and `seconds`.
     """
     if not finished(row, folder):
@@ -79,7 +81,7 @@ def points(row, folder):
             "accuracy": logged["eval_reward"],
             "roughness": logged["eval_roughness"],
         }
-        for name in HEALTH:
+        for name in WATCHED:
             if f"eval_reward/{name}" in logged:
                 point[name] = logged[f"eval_reward/{name}"]
         found.append(point)
@@ -213,7 +215,7 @@ def sweep_table(wanted, out, seed):
     return f"{table(titles, lines)}\nThe sweep took {minutes:.0f} minutes of a core.\n"
 
 
-def result_line(row, runs, health, costs, targets):
+def result_line(row, runs, watched, costs, targets):
     """A row's line of `result_tables`, from its runs, lists of points."""
     accuracies = [run[-1]["accuracy"] for run in runs]
     best = [max(point["accuracy"] for point in run) for run in runs]
@@ -225,8 +227,9 @@ def result_line(row, runs, health, costs, targets):
         mean(best),
         mean(roughness, ".2f"),
     ]
-    for name in health:
-        line.append(mean([run[-1][name] for run in runs], ".2f"))
+    for name in watched:
+        ends = mean([run[-1][name] for run in runs])
+        line.append(f"{runs[0][0][name]:.3f} → {ends}")
     for target in targets:
         for cost in costs:
             line.append(spread([reach(run, cost, target) for run in runs]))
@@ -254,18 +257,18 @@ def result_tables(wanted, runs, costs, targets, compare=False):
     """
     titles = [f"{COSTS[cost]} to {target}" for target in targets for cost in costs]
     made = [run for row in wanted for run in runs[row.name].values()]
-    health = [name for name in HEALTH if all(name in run[-1] for run in made)]
+    watched = [name for name in WATCHED if all(name in run[-1] for run in made)]
     lines = []
     ratios = []
     for row in wanted:
         mine = runs[row.name]
         if not mine:
             continue
-        lines.append(result_line(row, list(mine.values()), health, costs, targets))
+        lines.append(result_line(row, list(mine.values()), watched, costs, targets))
         if compare and row.method != "nft":
             ratios.append(ratio_line(row, mine, runs[wanted[0].name], costs, targets))
     first = ["row", "settings", "accuracy at the end", "at its best", "roughness"]
-    text = table(first + health + titles, lines)
+    text = table(first + watched + titles, lines)
     if ratios:
         text += "\n" + table(["median (range)", *titles], ratios)
     return text

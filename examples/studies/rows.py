@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
-import epsilon_study
+import epsilon
 
 import nft
 
@@ -35,12 +35,14 @@ class Row:
     # A preset.
     model: str
     iterations: int
-    # Of nft.Config, and the method's own. Empty: the preset's alone.
+    # Of nft.Config, and the method's own.
     settings: dict
     # () -> parts of nft.train.
     change: Callable | None = None
     # So many iterations train on the same images; 1/2: half of the images are trained on, once.
     reuse: float = 1
+    # Whether what the settings leave open is SCHEDULE's; else the preset's, whatever it becomes.
+    pinned: bool = True
 
 
 # The schedule of every row but where it or its method says otherwise: presets may move, and
@@ -48,6 +50,8 @@ class Row:
 SCHEDULE = {"steps": 10, "eval_steps": 10, "train_times": 3, "warmup": 10, "z": 5.0, "ema": 0.9}
 # And the weight of its KL term.
 KL = {"tiny": 0.1, "tiny-sd3": 0.03}
+# Of guidance, at which some rows are evaluated.
+SCALES = (1, 2, 3)
 
 
 def describe(settings):
@@ -313,6 +317,24 @@ def half_resolution():
     return {"collect": half_resolution_images}
 
 
+def guided_evaluate(run, rewards, prompts, iteration):
+    """nft.evaluate, and `eval_reward/guidance S`: the held-out reward when sampled so."""
+    fields = nft.evaluate(run, rewards, prompts, iteration)
+    numbered = [(i, *prompt) for i, prompt in enumerate(prompts)]
+    own = run.model.settings
+    for scale in SCALES:
+        run.model.settings = own | {"guidance_scale": scale}
+        D = nft.collect(run.model, rewards, numbered, ("evaluation",), "ema")
+        fields[f"eval_reward/guidance {scale}"] = D["scores"]["reward"].mean().item()
+    run.model.settings = own
+    return fields
+
+
+def guided():
+    """Parts for evaluation at SCALES of guidance, too."""
+    return {"evaluate": guided_evaluate}
+
+
 # ---- The sweep: what each method's settings were chosen from -------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -485,19 +507,26 @@ def signal_row(name="default", change=None, reuse=1, **settings):
     )
 
 
-def epsilon_row(name):
-    """A row of epsilon_study.py, where its text says what it changes."""
-    changed = epsilon_study.ROWS[name]
-    settings = {"lr": 2e-3, "beta": 1.0, "eval_every": 15, "watch": "brightness,saturation"}
+def epsilon_row(name, kind="epsilon", **settings):
+    """A row of epsilon.py: the default run, twice as long, with one thing changed."""
+    changed = epsilon.CHANGES[name]
+    common = {"eval_every": 11, "watch": "brightness,saturation"}
     return Row(
-        name=f"epsilon-{name}",
-        label=changed.text,
+        name=f"{kind}-{name}",
+        label=", ".join(filter(None, [changed.text, describe(settings)])),
         method="nft",
         model="tiny",
-        iterations=30,
-        settings=settings | changed.settings,
-        change=functools.partial(epsilon_study.parts, changed),
+        iterations=22,
+        settings=common | changed.settings | settings,
+        change=functools.partial(epsilon.parts, changed),
+        pinned=False,
     )
+
+
+def learned_row(name):
+    """A row of epsilon.py with a learned reward; the exact one is watched."""
+    watched = f"{nft.PRESETS['tiny']['reward']},brightness,saturation"
+    return epsilon_row(name, "learned", reward="learned", watch=watched)
 
 
 def order_of_work(name, iterations, **settings):
@@ -507,12 +536,25 @@ def order_of_work(name, iterations, **settings):
     return Row(f"order-{name}", label, "nft", "tiny-sd3", iterations, settings)
 
 
-def preset(model):
-    """A row that is `python nft.py --model MODEL`."""
-    iterations = nft.PRESETS[model]["iterations"]
-    # Without --model it is tiny.
-    label = f"python nft.py --model {model}".removesuffix(" --model tiny")
-    return Row(f"preset-{model}", label, "nft", model, iterations, settings={})
+def preset(model, name="preset", iterations=None, change=None, **settings):
+    """A row that is `python nft.py --model MODEL`, with some settings."""
+    command = f"python nft.py --model {model}"
+    if model == "tiny":
+        command = "python nft.py"
+    if iterations:
+        command += f" --iterations {iterations}"
+    for key, value in settings.items():
+        command += f" {nft.FLAGS[key]} {value}"
+    return Row(
+        name=f"{name}-{model}",
+        label=command,
+        method="nft",
+        model=model,
+        iterations=iterations or nft.PRESETS[model]["iterations"],
+        settings=settings,
+        change=change,
+        pinned=False,
+    )
 
 
 FIGURES = {
@@ -584,7 +626,19 @@ FIGURES = {
         signal_row("norm-hinge-0", functools.partial(hinged, 0.0)),
         signal_row("norm-hinge-10", functools.partial(hinged, 10.0)),
     ],
-    "epsilon": [epsilon_row(name) for name in epsilon_study.ROWS],
+    "epsilon": [
+        *[epsilon_row(name) for name in epsilon.CHANGES],
+        *[epsilon_row(name, "large-step", lr=1e-2) for name in ("default", "released")],
+    ],
+    "learned": [learned_row("default"), learned_row("released")],
+    "long": [
+        preset("tiny", "long", 300, eval_every=30),
+        preset("tiny-sd3", "long", 160, eval_every=20),
+    ],
+    "guidance": [
+        preset("tiny", "guidance-1", change=guided, guidance=1),
+        preset("tiny", "guidance-2", change=guided, guidance=2),
+    ],
     "precision": [
         signal_row(),
         signal_row("bf16", precision="bf16"),
@@ -606,6 +660,9 @@ TITLES = {
     "released": "The released order of work, and coarser rollouts, on tiny-sd3",
     "literature": "From the literature: default as above",
     "epsilon": "What keeps eps-prediction healthy",
+    "learned": "The same with a learned reward",
+    "long": "Long runs",
+    "guidance": "Sampled with guidance 1, 2 and 3",
     "precision": "Precision of the base: default fp32",
     "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
 }

@@ -1,4 +1,4 @@
-"""figures.py with rows.py and report.py, guidance.py and plot_runs.py.
+"""figures.py with rows.py and report.py, and plot_runs.py.
 
     python -m pytest examples/tests/test_figures.py
 
@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import baselines
 import common
 import figures
-import guidance
 import plot_runs
 import pytest
 import report
@@ -66,12 +65,11 @@ def test_every_row_can_be_run():
         for one in (row, figures.quick(row)):
             settings, own = figures.split(one)
             config = nft.configure(model=one.model, out="x", **settings)
-            if row.settings:
+            if row.pinned:
                 assert config.batch_size == 64
-            if one == row and row.settings:
-                assert one.iterations % config.eval_every == 0
+                assert one != row or one.iterations % config.eval_every == 0
             parts = figures.parts(one, own)
-            assert parts.keys() <= {"make_model", "collect", "weigh", "losses"}
+            assert parts.keys() <= {"make_model", "collect", "weigh", "losses", "evaluate"}
         assert 4 <= figures.quick(row).iterations < row.iterations
 
 
@@ -350,6 +348,17 @@ def test_half_resolution():
     assert model.settings == before
 
 
+def test_guided_evaluation(tmp_path):
+    """At the run's own scale the accuracy is its own; settings and rows stay as they were."""
+    config = common.settings("sd15", iterations=1)
+    logged = nft.train(nft.configure(out=tmp_path / "guided", **config), **rows.guided())
+    plain = nft.train(nft.configure(out=tmp_path / "plain", **config))
+    for ours, theirs in zip(logged, plain, strict=True):
+        assert ours["eval_reward/guidance 1"] == theirs["eval_reward"] == ours["eval_reward"]
+        assert ours["eval_reward/guidance 2"] != theirs["eval_reward"]
+    assert logged[1]["reward"] == plain[1]["reward"]
+
+
 # ---- What runs cost ------------------------------------------------------------------------------
 def test_seconds_leave_out_loading_and_evaluation(tmp_path):
     """Where each rewarded image takes a second, `cpu` is the number of images trained on."""
@@ -363,12 +372,12 @@ def test_seconds_leave_out_loading_and_evaluation(tmp_path):
         clock.now += 1000
         return nft.Model(config)
 
-    meter = figures.Meter(slow_model, lambda: clock.now)
+    meter = figures.Meter(slow_model, clock=lambda: clock.now)
     settings = common.settings("sd15", reward={"paid": paid}, iterations=3)
     logged = nft.train(
         nft.configure(out=tmp_path / "run", **settings),
         make_model=meter.make_model,
-        evaluate=meter.evaluate,
+        evaluate=meter.measure,
     )
     assert [row.get("cpu") for row in logged] == [0, None, 12, 18]
 
@@ -674,19 +683,6 @@ def test_plot_runs_nothing(tmp_path, capsys):
 
 
 # ---- Finished runs -------------------------------------------------------------------------------
-def test_guidance(capsys):
-    """At a run's own scale the rewards are those of its evaluations; at another they differ."""
-    folder = common.finished("sd15")
-    logged = common.metrics(folder)
-    capsys.readouterr()
-    guidance.main([str(folder), "--scales", "1,4"])
-    line = capsys.readouterr().out.strip()
-    before, after = logged[0]["eval_reward"], logged[-1]["eval_reward"]
-    as_trained = f"at 1: {before:.3f} -> {after:.3f}"
-    assert line.startswith(f"{folder} (trained at guidance 1)   {as_trained}   at 4: ")
-    assert line.split("   at ")[2] != f"4: {before:.3f} -> {after:.3f}"
-
-
 def test_plot_runs(tmp_path, capsys):
     """Runs are compared at the iterations that all of a line were evaluated at."""
     pytest.importorskip("matplotlib")
