@@ -24,12 +24,13 @@ TARGETS = (0.5, 0.7)
 # guidance.
 WATCHED = ("brightness", "saturation", "shapes:reward")
 WATCHED += tuple(f"guidance {scale}" for scale in rows.SCALES)
-COMPARISONS = ("tiny", "tiny-sd3")
+COMPARISONS = ("tiny", "tiny-sd3", "few")
 ABLATIONS = ("negative", "solvers", "eta", "weighting", "beta", "off-policy")
 # The costs in the table of a figure, where they are not images alone.
 SHOWN_COSTS = {
     "tiny": ("evaluations", "seconds"),
     "tiny-sd3": ("evaluations", "seconds"),
+    "few": ("evaluations", "seconds"),
     "released": ("evaluations", "seconds"),
     "signal": ("evaluations",),
     "literature": ("images", "evaluations"),

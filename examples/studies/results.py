@@ -39,7 +39,7 @@ PAGES = (REPOSITORY / "README.md", REPOSITORY / "examples/studies/STUDIES.md")
 # The pages' plots: the figures in each, and against what accuracy is drawn.
 PLOTS = {
     "reward_curve.png": [("default", "images"), ("default", "seconds")],
-    "comparison.png": [("tiny", "evaluations"), ("tiny-sd3", "evaluations")],
+    "comparison.png": [(name, "evaluations") for name in report.COMPARISONS],
     "ablations.png": [(name, "images") for name in report.ABLATIONS],
 }
 MARKED = re.compile(r"(<!-- results: (.+?) -->)(.*?)(<!-- end -->)", re.DOTALL)

@@ -397,6 +397,7 @@ FEW = [
     ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3, "clip_range": 1e-2}),
     ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3, "train_times": 5}),
     ("flowgrpo", FEW_FLOWGRPO | {"lr": 1.5e-3, "steps": 6}),
+    ("flowgrpo", FEW_FLOWGRPO | {"lr": 7.5e-4, "steps": 6}),
 ]
 
 
@@ -531,9 +532,20 @@ def learned_row(name):
 
 def order_of_work(name, iterations, **settings):
     """A row on tiny-sd3; all share learning rate, beta and the average of theta."""
-    settings = {"lr": 3e-3, "beta": 0.3, "ema": 0.9, "eval_every": 2} | settings
-    label = name.replace("-", " ")
+    settings = TUNED["nft-sd3"] | {"ema": 0.9, "eval_every": 2} | settings
+    label = "NFT, " + name.replace("-", " ")
     return Row(f"order-{name}", label, "nft", "tiny-sd3", iterations, settings)
+
+
+# The released script's order of work, by nft.py.
+RELEASED = order_of_work("released", 24, train_times=9, warmup=0, kl=2e-5)
+FIVE_STEPS = order_of_work("5-steps", 32, steps=5)
+
+
+def flowgrpo(name="flowgrpo", label="FlowGRPO", **settings):
+    """A row on tiny-sd3, five times as long."""
+    settings = TUNED["flowgrpo"] | {"ema": 0.9, "eval_every": 6} | settings
+    return Row(f"tiny-sd3-{name}", label, "flowgrpo", "tiny-sd3", 120, settings)
 
 
 def preset(model, name="preset", iterations=None, change=None, **settings):
@@ -563,9 +575,10 @@ FIGURES = {
         compared(key, "tiny", 24, eval_every=2)
         for key in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
     ],
-    "tiny-sd3": [
-        compared("nft-sd3", "tiny-sd3", 32, eval_every=4, ema=0.9),
-        compared("flowgrpo", "tiny-sd3", 60, eval_every=4, ema=0.9),
+    "tiny-sd3": [RELEASED, flowgrpo()],
+    "few": [
+        FIVE_STEPS,
+        flowgrpo("flowgrpo-few", "FlowGRPO, 3 of 6 steps", steps=6, train_times=3, warmup=4),
     ],
     "negative": [
         ablated(),
@@ -607,9 +620,8 @@ FIGURES = {
         signal_row("groups-32", groups=32, group_size=6),
     ],
     "released": [
-        # The released script's order of work, by nft.py.
-        order_of_work("released", 24, train_times=9, warmup=0, kl=2e-5),
-        order_of_work("5-steps", 32, steps=5),
+        RELEASED,
+        FIVE_STEPS,
         order_of_work("5-steps-1-time", 32, steps=5, train_times=1, warmup=3),
         order_of_work("z-1.5", 24, steps=5, train_times=9, warmup=4, kl=0, z=1.5),
     ],
@@ -651,6 +663,7 @@ TITLES = {
     "sweep": "Sweep",
     "tiny": "Comparison on tiny, which predicts eps",
     "tiny-sd3": "Comparison on tiny-sd3, a flow",
+    "few": "Comparison on tiny-sd3, few steps",
     "negative": "Negative branch: default, or without it",
     "solvers": "Figure 7, solver of the rollouts: default dpm2",
     "eta": "Figure 8, eta: default 0,0.001,0.5",
