@@ -34,7 +34,16 @@ SHOWN_COSTS = {
     "released": ("evaluations", "seconds"),
     "signal": ("evaluations",),
     "literature": ("images", "evaluations"),
+    # Hardly evaluated on their way.
+    "epsilon": (),
+    "learned": (),
+    "long": (),
+    "guidance": (),
 }
+# In the other figures a row's name says what it changes.
+SHOWN_SETTINGS = (*COMPARISONS, "released", "sweep")
+# What was trained, where it is not accuracy.
+TRAINED = {"learned": "learned reward"}
 # Of this figure's rows the coarser ones hardly get above 0.65.
 SHOWN_TARGETS = {"released": (0.5, 0.65)}
 NOTE = """An accuracy is that of 256 held-out prompts, one picture each, with a standard error of
@@ -216,17 +225,12 @@ def sweep_table(wanted, out, seed):
     return f"{table(titles, lines)}\nThe sweep took {minutes:.0f} minutes of a core.\n"
 
 
-def result_line(row, runs, watched, costs, targets):
-    """A row's line of `result_tables`, from its runs, lists of points."""
-    accuracies = [run[-1]["accuracy"] for run in runs]
-    best = [max(point["accuracy"] for point in run) for run in runs]
-    roughness = [run[-1]["roughness"] for run in runs]
+def results_of(runs, watched, costs, targets):
+    """What a row's runs, lists of points, came to: a line of `result_tables` without its head."""
     line = [
-        row.label,
-        f"{row.model}, {rows.describe(row.settings)}",
-        mean(accuracies),
-        mean(best),
-        mean(roughness, ".2f"),
+        mean([run[-1]["accuracy"] for run in runs]),
+        mean([max(point["accuracy"] for point in run) for run in runs]),
+        mean([run[-1]["roughness"] for run in runs], ".2f"),
     ]
     for name in watched:
         ends = mean([run[-1][name] for run in runs])
@@ -250,25 +254,36 @@ def ratio_line(row, runs, nft_runs, costs, targets):
     return line
 
 
-def result_tables(wanted, runs, costs, targets, compare=False):
-    """What each row came to, and what it spent to reach targets.
+def result_tables(name, wanted, runs):
+    """What each row of a figure came to, and what it spent to reach targets.
 
-    wanted: rows. runs: {name: {seed: points}}. compare: the first row is NFT's, and a second table
-    has what the other methods spent over what it spent.
+    name: the figure. wanted: its rows. runs: {row: {seed: points}}. A comparison's first row is
+    NFT's, and a second table has what the other methods spent over what it spent.
     """
+    costs = SHOWN_COSTS.get(name, ("images",))
+    targets = SHOWN_TARGETS.get(name, TARGETS)
     titles = [f"{COSTS[cost]} to {target}" for target in targets for cost in costs]
     made = [run for row in wanted for run in runs[row.name].values()]
-    watched = [name for name in WATCHED if all(name in run[-1] for run in made)]
+    watched = [word for word in WATCHED if all(word in run[-1] for run in made)]
+    first = ["row", f"{TRAINED.get(name, 'accuracy')} at the end", "at its best", "roughness"]
+    if name in SHOWN_SETTINGS:
+        first.insert(1, "settings")
+    several_models = len({row.model for row in wanted}) > 1
     lines = []
     ratios = []
     for row in wanted:
         mine = runs[row.name]
         if not mine:
             continue
-        lines.append(result_line(row, list(mine.values()), watched, costs, targets))
-        if compare and row.method != "nft":
+        label = row.label
+        if several_models and row.model not in label:
+            label += f", {row.model}"
+        line = [label]
+        if name in SHOWN_SETTINGS:
+            line.append(f"{row.model}, {rows.describe(row.settings)}")
+        lines.append(line + results_of(list(mine.values()), watched, costs, targets))
+        if name in COMPARISONS and row.method != "nft":
             ratios.append(ratio_line(row, mine, runs[wanted[0].name], costs, targets))
-    first = ["row", "settings", "accuracy at the end", "at its best", "roughness"]
     text = table(first + watched + titles, lines)
     if ratios:
         text += "\n" + table(["median (range)", *titles], ratios)
@@ -313,9 +328,7 @@ def figure_table(name, wanted, runs):
     """The table of any figure but the sweep; runs: {name: {seed: points}}."""
     if name == "default":
         return preset_table(wanted, runs)
-    costs = SHOWN_COSTS.get(name, ("images",))
-    targets = SHOWN_TARGETS.get(name, TARGETS)
-    return result_tables(wanted, runs, costs, targets, compare=name in COMPARISONS)
+    return result_tables(name, wanted, runs)
 
 
 # ---- Plots and pictures --------------------------------------------------------------------------

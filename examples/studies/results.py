@@ -210,18 +210,14 @@ def show(name, runs):
     wanted = [row for row in rows.FIGURES[name] if row.name in points]
     if not wanted:
         return "\nNot measured on today's code.\n"
-    # Commits by all else that is known of where the runs were made.
-    origins = collections.defaultdict(set)
+    # results.json has the versions as well.
+    commits = collections.defaultdict(set)
     for row in wanted:
         for seed in points[row.name]:
             found = runs[f"{row.name}-{seed}"]["origin"]
-            shown = [k for k in found if k not in ("commit", "fingerprint")]
-            place = "".join(f", {k} {found[k]}" for k in shown)
-            origins[place].add(found["commit"])
-    told = []
-    for place, commits in sorted(origins.items()):
-        told.append(f"*commit {' and '.join(sorted(commits))}{place}.*\n")
-    return f"\n{report.figure_table(name, wanted, points)}\n{''.join(told)}"
+            commits[found["cpu"]].add(found["commit"])
+    told = [f"commit {', '.join(sorted(commits[cpu]))} on {cpu}" for cpu in sorted(commits)]
+    return f"\n{report.figure_table(name, wanted, points)}\n*{'; '.join(told)}.*\n"
 
 
 def fill(page, runs):

@@ -164,9 +164,9 @@ def test_what_was_not_measured_says_so(name):
     if name in rows.FIGURES:
         row = rows.FIGURES[name][0].name
     point = {"accuracy": 0.5, "roughness": 1, "images": 8, "evaluations": 1000, "seconds": 66}
-    run = {"origin": {"commit": "abc"}, "points": [point | {"accuracy": 0.25}, point]}
+    run = {"origin": {"commit": "abc", "cpu": "X"}, "points": [point | {"accuracy": 0.25}, point]}
     text = results.show(name, {f"{row}-0": run})
-    assert ("0.500" in text and "*commit abc.*" in text) or text == "1.1"
+    assert ("0.500" in text and "*commit abc on X.*" in text) or text == "1.1"
 
 
 # ---- This repository's ---------------------------------------------------------------------------
