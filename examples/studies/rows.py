@@ -18,8 +18,6 @@ import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
-import epsilon
-
 import nft
 
 
@@ -112,6 +110,38 @@ def weighted_losses(model, D, index, t, eps, w):
 def weighted(w):
     """Parts for the loss that is weighted by w(t)."""
     return {"losses": functools.partial(weighted_losses, w=w)}
+
+
+def x0_weight(alpha, sigma):
+    """How a loss of x_0, as the flow's, weighs errors of eps: one of eps moves x_0 by this much."""
+    return sigma / alpha
+
+
+def even_weight(alpha, sigma):
+    """How an adaptive loss of eps itself weighs them."""
+    return torch.ones_like(sigma)
+
+
+def eps_weighted_losses(model, D, index, t, eps, weight, scaled):
+    """nft.pair_losses of an eps-model whose pairs are weighted otherwise than by sigma / (alpha +
+    sigma), a flow's weight. scaled: so that the mean over the sampler's times stays."""
+    loss, kl, deviation = nft.pair_losses(model, D, index, t, eps)
+
+    def factor(t):
+        alpha, sigma = model.noise_level(t)
+        flow_weight = sigma / (alpha + sigma)
+        return flow_weight, weight(alpha, sigma) / flow_weight
+
+    _, change = factor(t)
+    if scaled:
+        flow_weight, sampled = factor(model.times)
+        change = change * flow_weight.mean() / (flow_weight * sampled).mean()
+    return loss * change, kl, deviation
+
+
+def eps_weighted(weight, scaled=True):
+    """Parts for eps_weighted_losses."""
+    return {"losses": functools.partial(eps_weighted_losses, weight=weight, scaled=scaled)}
 
 
 def skipping_losses(model, D, index, t, eps):
@@ -508,26 +538,18 @@ def signal_row(name="default", change=None, reuse=1, **settings):
     )
 
 
-def epsilon_row(name, kind="epsilon", **settings):
-    """A row of epsilon.py: the default run, twice as long, with one thing changed."""
-    changed = epsilon.CHANGES[name]
-    common = {"eval_every": 11, "watch": "brightness,saturation"}
-    return Row(
-        name=f"{kind}-{name}",
-        label=", ".join(filter(None, [changed.text, describe(settings)])),
-        method="nft",
-        model="tiny",
-        iterations=22,
-        settings=common | changed.settings | settings,
-        change=functools.partial(epsilon.parts, changed),
-        pinned=False,
-    )
+def epsilon_row(name, label, change=None, **settings):
+    """The default run, twice as long, with one thing changed."""
+    settings = {"eval_every": 11, "watch": "brightness,saturation"} | settings
+    return Row(f"epsilon-{name}", label, "nft", "tiny", 22, settings, change, pinned=False)
 
 
-def learned_row(name):
-    """A row of epsilon.py with a learned reward; the exact one is watched."""
-    watched = f"{nft.PRESETS['tiny']['reward']},brightness,saturation"
-    return epsilon_row(name, "learned", reward="learned", watch=watched)
+# The flow code's loss: of x_0, word for word, with its KL and without warm-up.
+FLOW_LOSS = functools.partial(eps_weighted, x0_weight, scaled=False)
+FLOW_SETTINGS = {"kl": 1e-4, "warmup": 0}
+# A learned reward; the exact one is watched.
+LEARNED = {"reward": "learned"}
+LEARNED |= {"watch": f"{nft.PRESETS['tiny']['reward']},brightness,saturation"}
 
 
 def order_of_work(name, iterations, **settings):
@@ -639,13 +661,23 @@ FIGURES = {
         signal_row("norm-hinge-10", functools.partial(hinged, 10.0)),
     ],
     "epsilon": [
-        *[epsilon_row(name) for name in epsilon.CHANGES],
-        *[epsilon_row(name, "large-step", lr=1e-2) for name in ("default", "released")],
+        epsilon_row("default", "default: weight σ/(α+σ), KL 0.1"),
+        epsilon_row("released", "the flow code's loss", FLOW_LOSS, **FLOW_SETTINGS),
+        epsilon_row(
+            "eps", "weight 1: ε normalised by itself", functools.partial(eps_weighted, even_weight)
+        ),
+        epsilon_row("kl-0", "KL 0", kl=0),
+        epsilon_row("kl-0.3", "KL 0.3", kl=0.3),
+        epsilon_row("no-warmup", "no warm-up", warmup=0),
+        epsilon_row("large-step", "learning rate 0.01", lr=1e-2),
     ],
-    "learned": [learned_row("default"), learned_row("released")],
+    "learned": [
+        epsilon_row("learned", "default", **LEARNED),
+        epsilon_row("learned-released", "the flow code's", FLOW_LOSS, **FLOW_SETTINGS, **LEARNED),
+    ],
     "long": [
-        preset("tiny", "long", 300, eval_every=30),
-        preset("tiny-sd3", "long", 160, eval_every=20),
+        preset("tiny", "long", 150, eval_every=15),
+        preset("tiny-sd3", "long", 120, eval_every=20),
     ],
     "guidance": [
         preset("tiny", "guidance-1", change=guided, guidance=1),

@@ -177,6 +177,35 @@ def test_weighted_is_the_velocity_loss(w, formula):
     assert_close(rest, list(nft.pair_losses(model, D, index, t, eps)[1:]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("weight", "formula"),
+    [
+        # Over the default's sigma / (alpha + sigma).
+        (rows.x0_weight, lambda alpha, sigma: (alpha + sigma) / alpha),
+        (rows.even_weight, lambda alpha, sigma: (alpha + sigma) / sigma),
+    ],
+)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_eps_weighted_changes_the_weight_alone(weight, formula, scaled):
+    """A pair's loss is nft.py's own times a factor of its noise level; the KL term stays."""
+    model = common.new_model("sd15", filled=True)
+    n = len(model.times)
+    numbered = [(i, common.TEXTS[0], {}) for i in range(n)]
+    D = nft.collect(model, [], numbered, (0, 1), "old") | {"r": torch.full((n,), 0.7)}
+    pairs = D, torch.arange(n), model.times, torch.randn(D["x_0"].shape)
+    found = rows.eps_weighted(weight, scaled)["losses"](model, *pairs)
+    plain = nft.pair_losses(model, *pairs)
+    alpha, sigma = model.noise_level(model.times)
+    factor = formula(alpha, sigma)
+    if scaled:
+        # The default's mean weight stays.
+        default = sigma / (alpha + sigma)
+        factor = factor * default.mean() / (default * factor).mean()
+    assert_close(found[0], plain[0] * factor, rtol=1e-4, atol=0)
+    assert_close(found[1:], plain[1:], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("r", [[0.5, 0.7, 0.1], [0.5, 0.5, 0.5], [0.4, 0.6, 0.9]])
 def test_skipping_leaves_out_what_has_no_direction(r):
     """Pairs of r = 1/2 are not evaluated and lose their loss, KL and gradient; the others' stay."""
