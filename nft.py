@@ -148,10 +148,10 @@ TINY = dict(reward="examples/tiny/shapes.py:reward", prompts="examples/tiny/trai
 TINY |= dict(eval_prompts="examples/tiny/heldout.txt", solver="dpm2", batch_size=96, updates=4)
 # Departs from section 4: rollouts are coarser than evaluation. Clean pictures are learned from
 # rough ones.
-TINY |= dict(steps=5, eval_steps=10, warmup=4, z=1.5)
-QUICK = dict(iterations=11, lr=2e-3, beta=0.3, kl=0.1, ema=0.8, eval_every=6)
-TINY_SD3 = dict(iterations=40, lr=3e-3, kl=0.03, ema=0.95, eval_every=10)
-TINY_SD3 |= dict(train_times=9, max_sequence_length=2)
+QUICK = dict(iterations=11, steps=5, eval_steps=10, eval_every=6)
+QUICK |= dict(lr=2e-3, warmup=4, beta=0.3, kl=0.1, z=1.5, ema=0.8)
+TINY_SD3 = dict(iterations=40, train_times=9, eval_every=10, max_sequence_length=2)
+TINY_SD3 |= dict(lr=3e-3, warmup=4, kl=0.03, z=1.5, ema=0.95)
 PRESETS = {  # defaults that a model replaces; a flag always wins
     "tiny": TINY | QUICK,
     "tiny-sd3": TINY | TINY_SD3,
