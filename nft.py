@@ -344,7 +344,8 @@ def locate(path):
     if os.path.exists(path) or not path.startswith("examples/"):
         return path
     if not beside.exists():
-        raise UserError(f"{path}: must lie beside nft.py; clone the repository, or name your own")
+        mend = "clone the repository, or give --model and --reward of your own"
+        raise UserError(f"{path}: must lie beside nft.py; {mend}")
     return str(beside)
 
 
@@ -363,7 +364,8 @@ def load_pipeline(config, dtype):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
     path = locate(MODELS.get(config.model, config.model))
-    rule = f"--model {config.model}: must be {', '.join(PRESETS)}, a directory or hub id"
+    known = ", ".join(PRESETS)
+    rule = f"--model {config.model}: must be {known}, a directory, or a hub id in reach"
     mend = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR) converts a file"
     with blame(rule, mend):
         index = diffusers.DiffusionPipeline.load_config(path)

@@ -114,10 +114,10 @@ def title(field, lines):
 
 
 def summary(label, folder, first, last):
-    """A line on a run, from its first and last row."""
+    """A line on a run, from its first row and the last one that is compared."""
     return (
         f"{label:10s} {folder:24s}"
-        f" reward {first[REWARD]:.3f} -> {last[REWARD]:.3f}"
+        f" reward {first[REWARD]:.3f} -> {last[REWARD]:.3f} at iteration {last['iteration']}"
         f"  roughness {last.get(ROUGHNESS, math.nan):.2f}  images {last.get('images', 0)}"
         f"  seconds {last.get('seconds', math.nan):.0f}"
     )
@@ -202,3 +202,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except ValueError as error:
         sys.exit(f"plot_runs.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"plot_runs.py: {error}; pip install {error.name}")
