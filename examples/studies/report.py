@@ -79,6 +79,8 @@ def points(row, folder):
         return []
     config = json.loads((folder / "config.json").read_text())
     images = config["groups"] * config["group_size"]
+    # Not what is trained on.
+    watched = [name for name in WATCHED if name.partition(":")[0] not in config["reward"]]
     found = []
     for logged in read(folder):
         if "eval_reward" not in logged:
@@ -91,7 +93,7 @@ def points(row, folder):
             "accuracy": logged["eval_reward"],
             "roughness": logged["eval_roughness"],
         }
-        for name in WATCHED:
+        for name in watched:
             if f"eval_reward/{name}" in logged:
                 point[name] = logged[f"eval_reward/{name}"]
         found.append(point)

@@ -407,6 +407,7 @@ LONG = [
     ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0}),
     ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0.04}),
     ("flowgrpo", {"lr": 1.5e-3, "clip_range": 1e-3, "kl": 0.04}),
+    ("flowgrpo", {"lr": 7.5e-4, "clip_range": 1e-3, "kl": 0.04}),
     ("ddpo", {"lr": 3e-3, "clip_range": 1e-2}),
     ("ddpo", {"lr": 1.5e-3, "clip_range": 1e-2}),
     ("loop", {"lr": 1.5e-3, "clip_range": 1e-3}),
@@ -600,7 +601,7 @@ FIGURES = {
     "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 120)],
     "few": [
         FIVE_STEPS,
-        flowgrpo("few", "FlowGRPO, 3 of 6 steps", 60, steps=6, train_times=3, warmup=4),
+        flowgrpo("few", "FlowGRPO, 3 of 6 steps", 60, **FEW_FLOWGRPO, steps=6, lr=7.5e-4),
     ],
     "negative": [
         ablated(),
