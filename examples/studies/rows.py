@@ -478,7 +478,7 @@ TUNED = {
     "rft": {"lr": 2e-3, "kl": 0},
     "coca": {"lr": 3e-3, "clip_range": 1e-2},
     "rtb": {"lr": 1e-3, "temperature": 1e-3},
-    "flowgrpo": {"lr": 1.5e-3, "clip_range": 1e-3},
+    "flowgrpo": {"lr": 7.5e-4, "clip_range": 1e-3},
     "nft-sd3": {"lr": 3e-3, "beta": 0.3},
 }
 LABELS = {
@@ -553,16 +553,15 @@ LEARNED = {"reward": "learned"}
 LEARNED |= {"watch": f"{nft.PRESETS['tiny']['reward']},brightness,saturation"}
 
 
-def order_of_work(name, iterations, **settings):
+def order_of_work(name, label, iterations, **settings):
     """A row on tiny-sd3; all share learning rate, beta and the average of theta."""
     settings = TUNED["nft-sd3"] | {"ema": 0.9, "eval_every": 2} | settings
-    label = "NFT, " + name.replace("-", " ")
-    return Row(f"order-{name}", label, "nft", "tiny-sd3", iterations, settings)
+    return Row(f"order-{name}", f"NFT, {label}", "nft", "tiny-sd3", iterations, settings)
 
 
 # The released script's order of work, by nft.py.
-RELEASED = order_of_work("released", 24, train_times=9, warmup=0, kl=2e-5)
-FIVE_STEPS = order_of_work("5-steps", 32, steps=5)
+RELEASED = order_of_work("released", "released order", 24, train_times=9, warmup=0, kl=2e-5)
+FIVE_STEPS = order_of_work("5-steps", "5 steps", 32, steps=5)
 
 
 def flowgrpo(name, label, iterations, **settings):
@@ -601,7 +600,7 @@ FIGURES = {
     "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 120)],
     "few": [
         FIVE_STEPS,
-        flowgrpo("few", "FlowGRPO, 3 of 6 steps", 60, **FEW_FLOWGRPO, steps=6, lr=7.5e-4),
+        flowgrpo("few", "FlowGRPO, 3 of 6 steps", 60, **FEW_FLOWGRPO, steps=6),
     ],
     "negative": [
         ablated(),
@@ -645,8 +644,8 @@ FIGURES = {
     "released": [
         RELEASED,
         FIVE_STEPS,
-        order_of_work("5-steps-1-time", 32, steps=5, train_times=1, warmup=3),
-        order_of_work("z-1.5", 24, steps=5, train_times=9, warmup=4, kl=0, z=1.5),
+        order_of_work("5-steps-1-time", "1 level", 32, steps=5, train_times=1, warmup=3),
+        order_of_work("z-1.5", "wide r", 24, steps=5, train_times=9, warmup=4, kl=0, z=1.5),
     ],
     "literature": [
         signal_row(),

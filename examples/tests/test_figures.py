@@ -79,7 +79,7 @@ def test_settings_of_a_method():
     settings, own = figures.split(row)
     config = nft.configure(model=row.model, out="x", **settings)
     assert own == {"clip_range": 1e-3, "noise_level": 0.5}
-    assert (config.kl, config.lr, config.train_times, config.eta) == (0.3, 1.5e-3, 1000, "0")
+    assert (config.kl, config.lr, config.train_times, config.eta) == (0.3, 7.5e-4, 1000, "0")
     assert config.max_sequence_length == 2
 
 
