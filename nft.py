@@ -1029,6 +1029,10 @@ def evaluate(run, rewards, prompts, iteration):
     base = run.rows[0] if run.rows else row
     row["eval_roughness"] = row["eval_laplacian"] / max(base["eval_laplacian"], 1e-9)
     summary = f"held-out reward {row['eval_reward']:.3f}"
+    if len(rewards) > 1:
+        # The parts of a sum, and what is watched.
+        for name, _, _ in rewards:
+            summary += f", {name} {row[f'eval_reward/{name}']:.3f}"
     say(f"iteration {iteration:4d}   {summary}   roughness {row['eval_roughness']:.2f}")
 
     # The pictures, and those of the base model above them.

@@ -266,6 +266,15 @@ def test_uneven_calls_of_the_denoiser_are_refused():
         model.check_solver(torch.zeros(2, len(model.steps) + 1))
 
 
+def test_watched_rewards_are_told(tmp_path, capsys):
+    """The line of an evaluation has each reward, as metrics.jsonl has it."""
+    logged = train("sd15", tmp_path / "run", reward="jpeg", watch="brightness", iterations=1)
+    text = capsys.readouterr().out
+    for row in logged:
+        parts = [f"{name} {row[f'eval_reward/{name}']:.3f}" for name in ("jpeg", "brightness")]
+        assert f"reward {row['eval_reward']:.3f}, {', '.join(parts)}   rough" in text
+
+
 @pytest.mark.parametrize("settings", [{"reward": 5}, {"watch": None}, {"resume": True, "foo": 1}])
 def test_settings_of_a_library_are_refused_in_a_line(settings):
     """What the command line cannot say is a UserError, too."""
