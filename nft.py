@@ -1031,7 +1031,7 @@ def evaluate(run, rewards, prompts, iteration):
     summary = f"held-out reward {row['eval_reward']:.3f}"
     if len(rewards) > 1:
         # The parts of a sum, and what is watched.
-        for name, _, _ in rewards:
+        for name in dict.fromkeys(reward.name for reward in rewards):
             summary += f", {name} {row[f'eval_reward/{name}']:.3f}"
     say(f"iteration {iteration:4d}   {summary}   roughness {row['eval_roughness']:.2f}")
 

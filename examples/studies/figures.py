@@ -57,7 +57,7 @@ LEFT_OUT = ("sweep", "precision")
 
 # ---- Runs ----------------------------------------------------------------------------------------
 class Meter:
-    """Counts what a run spends; its make_model and measure are parts of nft.train.
+    """Counts what a run spends; its make_model and evaluate are parts of nft.train.
 
     Rows that are evaluated get `cpu`, seconds of the process, and `evaluations`, samples that went
     through the denoiser. Both leave out loading and evaluation. A forward pass with a backward one
@@ -65,8 +65,8 @@ class Meter:
     """
 
     def __init__(self, make_model=nft.Model, evaluate=nft.evaluate, clock=time.process_time):
-        self.inner = make_model
-        self.evaluate = evaluate
+        self.inner_model = make_model
+        self.inner_evaluate = evaluate
         self.clock = clock
         self.count = None
         self.cpu = 0.0
@@ -75,12 +75,12 @@ class Meter:
 
     def make_model(self, config):
         """The model, with a counter on its denoiser."""
-        model = self.inner(config)
+        model = self.inner_model(config)
         self.count = baselines.Count(model)
         return model
 
-    def measure(self, run, rewards, prompts, iteration):
-        """`evaluate` by EVALUATION_SOLVER, and what was spent before it."""
+    def evaluate(self, run, rewards, prompts, iteration):
+        """The part by EVALUATION_SOLVER, and what was spent before it."""
         if iteration == 0:
             # Without the trial image.
             self.count.n = 0
@@ -90,7 +90,7 @@ class Meter:
         pipe = run.model.pipe
         own = pipe.scheduler
         pipe.scheduler = nft.pick_solver(EVALUATION_SOLVER, own)
-        fields = self.evaluate(run, rewards, prompts, iteration)
+        fields = self.inner_evaluate(run, rewards, prompts, iteration)
         pipe.scheduler = own
         self.count.n = evaluations
         self.since = self.clock()
@@ -154,7 +154,7 @@ def run(row, folder, seed):
     _, own = split(row)
     changed = parts(row, own)
     meter = Meter(changed.get("make_model", nft.Model), changed.get("evaluate", nft.evaluate))
-    changed |= {"make_model": meter.make_model, "evaluate": meter.measure}
+    changed |= {"make_model": meter.make_model, "evaluate": meter.evaluate}
     quiet = io.StringIO()
     try:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
@@ -243,7 +243,7 @@ def parse(argv):
     seeds = [0, 1, 2]
     out = Path("runs/figures")
     if args.quick:
-        left_out = (*LEFT_OUT, "signal", "few", "epsilon", "learned", "long")
+        left_out = (*LEFT_OUT, "signal", "few", "epsilon", "learned", "long", "guidance")
         seeds = [0]
         out = Path("runs/figures-quick")
     args.figures = args.figures or [name for name in rows.FIGURES if name not in left_out]

@@ -34,7 +34,7 @@ SHOWN_COSTS = {
     "released": ("evaluations", "seconds"),
     "signal": ("evaluations",),
     "literature": ("images", "evaluations"),
-    # Hardly evaluated on their way.
+    # About where they end.
     "epsilon": (),
     "learned": (),
     "long": (),
@@ -204,7 +204,7 @@ def sweep_table(wanted, out, seed):
         rewards = [entry["reward"] for entry in logged[-3:]]
         line = [
             f"{row.method}, {row.model}",
-            rows.describe(row.settings),
+            rows.describe(row.settings, row.method),
             str(row.iterations),
             f"{last['eval_reward']:.3f}",
             best,
@@ -259,8 +259,8 @@ def ratio_line(row, runs, nft_runs, costs, targets):
 def result_tables(name, wanted, runs):
     """What each row of a figure came to, and what it spent to reach targets.
 
-    name: the figure. wanted: its rows. runs: {row: {seed: points}}. A comparison's first row is
-    NFT's, and a second table has what the other methods spent over what it spent.
+    name: the figure. wanted: its rows. runs: {row: {seed: points}}. In a comparison a second table
+    has what the other methods spent over what NFT spent.
     """
     costs = SHOWN_COSTS.get(name, ("images",))
     targets = SHOWN_TARGETS.get(name, TARGETS)
@@ -270,7 +270,8 @@ def result_tables(name, wanted, runs):
     first = ["row", f"{TRAINED.get(name, 'accuracy')} at the end", "at its best", "roughness"]
     if name in SHOWN_SETTINGS:
         first.insert(1, "settings")
-    several_models = len({row.model for row in wanted}) > 1
+    ours = [row for row in wanted if row.method == "nft"]
+    models = {row.model for row in wanted}
     lines = []
     ratios = []
     for row in wanted:
@@ -278,14 +279,15 @@ def result_tables(name, wanted, runs):
         if not mine:
             continue
         label = row.label
-        if several_models and row.model not in label:
+        # The others' settings or commands name it.
+        if name in ABLATIONS and len(models) > 1:
             label += f", {row.model}"
         line = [label]
         if name in SHOWN_SETTINGS:
-            line.append(f"{row.model}, {rows.describe(row.settings)}")
+            line.append(f"{row.model}, {rows.describe(row.settings, row.method)}")
         lines.append(line + results_of(list(mine.values()), watched, costs, targets))
-        if name in COMPARISONS and row.method != "nft":
-            ratios.append(ratio_line(row, mine, runs[wanted[0].name], costs, targets))
+        if name in COMPARISONS and ours and row.method != "nft":
+            ratios.append(ratio_line(row, mine, runs[ours[0].name], costs, targets))
     text = table(first + watched + titles, lines)
     if ratios:
         text += "\n" + table(["median (range)", *titles], ratios)
@@ -327,7 +329,7 @@ def preset_table(wanted, runs):
 
 
 def figure_table(name, wanted, runs):
-    """The table of any figure but the sweep; runs: {name: {seed: points}}."""
+    """The table of a figure, as pages have it; runs: {name: {seed: points}}."""
     if name == "default":
         return preset_table(wanted, runs)
     return result_tables(name, wanted, runs)

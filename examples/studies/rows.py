@@ -52,11 +52,13 @@ KL = {"tiny": 0.1, "tiny-sd3": 0.03}
 SCALES = (1, 2, 3)
 
 
-def describe(settings):
+def describe(settings, method="nft"):
     """The settings that say what a row is, as text."""
+    # Other methods have schedules of their own.
+    usual = SCHEDULE if method == "nft" else {}
     words = []
     for name, value in settings.items():
-        if name not in ("eval_every", "ema", "watch") and value != SCHEDULE.get(name):
+        if name not in ("eval_every", "watch") and value != usual.get(name):
             words.append(f"{name} {value}")
     return ", ".join(words)
 
@@ -123,19 +125,21 @@ def even_weight(alpha, sigma):
 
 
 def eps_weighted_losses(model, D, index, t, eps, weight, scaled):
-    """nft.pair_losses of an eps-model whose pairs are weighted otherwise than by sigma / (alpha +
-    sigma), a flow's weight. scaled: so that the mean over the sampler's times stays."""
+    """nft.pair_losses of an eps-model whose pairs have another weight than a flow's.
+
+    nft.py's is sigma / (alpha + sigma). scaled: so that the mean over the sampler's times stays.
+    """
     loss, kl, deviation = nft.pair_losses(model, D, index, t, eps)
 
-    def factor(t):
+    def weights(t):
         alpha, sigma = model.noise_level(t)
-        flow_weight = sigma / (alpha + sigma)
-        return flow_weight, weight(alpha, sigma) / flow_weight
+        return sigma / (alpha + sigma), weight(alpha, sigma)
 
-    _, change = factor(t)
+    flow, ours = weights(t)
+    change = ours / flow
     if scaled:
-        flow_weight, sampled = factor(model.times)
-        change = change * flow_weight.mean() / (flow_weight * sampled).mean()
+        flow, ours = weights(model.times)
+        change = change * flow.mean() / ours.mean()
     return loss * change, kl, deviation
 
 
@@ -348,15 +352,20 @@ def half_resolution():
 
 
 def guided_evaluate(run, rewards, prompts, iteration):
-    """nft.evaluate, and `eval_reward/guidance S`: the held-out reward when sampled so."""
+    """nft.evaluate, and `eval_reward/guidance S`: the held-out reward when sampled so.
+
+    In one process.
+    """
     fields = nft.evaluate(run, rewards, prompts, iteration)
     numbered = [(i, *prompt) for i, prompt in enumerate(prompts)]
     own = run.model.settings
-    for scale in SCALES:
-        run.model.settings = own | {"guidance_scale": scale}
-        D = nft.collect(run.model, rewards, numbered, ("evaluation",), "ema")
-        fields[f"eval_reward/guidance {scale}"] = D["scores"]["reward"].mean().item()
-    run.model.settings = own
+    try:
+        for scale in SCALES:
+            run.model.settings = own | {"guidance_scale": scale}
+            D = nft.collect(run.model, rewards, numbered, ("evaluation",), "ema")
+            fields[f"eval_reward/guidance {scale}"] = D["scores"]["reward"].mean().item()
+    finally:
+        run.model.settings = own
     return fields
 
 
@@ -402,7 +411,7 @@ EDGES = [
     ("nft-sd3", {"lr": 3e-3, "beta": 0.1}),
 ]
 # Ten iterations flatter a learning rate that collapses later: these are run as long as in the
-# comparison.
+# comparison, FlowGRPO half as long.
 LONG = [
     ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0}),
     ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0.04}),
@@ -438,12 +447,10 @@ def sweep_row(kind, key, iterations, eval_every, settings):
     # The learning rate stands last.
     names = [name for name in settings if name != "lr"]
     words = [f"{name}{settings[name]:g}" for name in [*names, "lr"]]
-    more = {"eval_every": eval_every}
-    if model == "tiny-sd3":
-        more["ema"] = 0.9
+    settings = settings | {"eval_every": eval_every}
     method = key.removesuffix("-sd3")
     name = "-".join([kind, key, *words])
-    return Row(name, method, method, model, iterations, settings | more)
+    return Row(name, method, method, model, iterations, settings)
 
 
 def sweep():
@@ -490,29 +497,26 @@ LABELS = {
     "rft": "RFT",
     "coca": "CoCA",
     "rtb": "RTB",
-    "flowgrpo": "FlowGRPO",
 }
-# The ablations' own settings: a learning rate at which not everything works for a while, and on
-# tiny-sd3 an average of theta that follows a short run.
+# The ablations' own settings: a learning rate at which not everything works for a while.
 ABLATED = {
     "tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 3},
-    "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "ema": 0.9, "eval_every": 4},
+    "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "eval_every": 4},
 }
 ABLATED_ITERATIONS = {"tiny": 12, "tiny-sd3": 16}
 
 
-def compared(key, model, iterations, **settings):
-    """A row of a comparison: the method of TUNED[key]."""
-    method = key.removesuffix("-sd3")
-    settings = settings | TUNED[key]
-    return Row(f"{model}-{method}", LABELS[method], method, model, iterations, settings)
+def compared(method):
+    """A row of the comparison on tiny."""
+    settings = TUNED[method] | {"eval_every": 2}
+    return Row(f"tiny-{method}", LABELS[method], method, "tiny", 24, settings)
 
 
-def ablated(name="default", model="tiny", change=None, reuse=1, **settings):
+def ablated(name="default", model="tiny", label="", change=None, reuse=1, **settings):
     """A row of an ablation; without arguments the one that all others of its model change."""
     return Row(
         name=f"{name}-{model}",
-        label=describe(settings) or name,
+        label=label or describe(settings) or name,
         method="nft",
         model=model,
         iterations=ABLATED_ITERATIONS[model],
@@ -554,8 +558,8 @@ LEARNED |= {"watch": f"{nft.PRESETS['tiny']['reward']},brightness,saturation"}
 
 
 def order_of_work(name, label, iterations, **settings):
-    """A row on tiny-sd3; all share learning rate, beta and the average of theta."""
-    settings = TUNED["nft-sd3"] | {"ema": 0.9, "eval_every": 2} | settings
+    """A row on tiny-sd3; all share learning rate and beta."""
+    settings = TUNED["nft-sd3"] | {"eval_every": 2} | settings
     return Row(f"order-{name}", f"NFT, {label}", "nft", "tiny-sd3", iterations, settings)
 
 
@@ -566,7 +570,7 @@ FIVE_STEPS = order_of_work("5-steps", "5 steps", 32, steps=5)
 
 def flowgrpo(name, label, iterations, **settings):
     """A row on tiny-sd3, longer than NFT's."""
-    settings = TUNED["flowgrpo"] | {"ema": 0.9, "eval_every": 6} | settings
+    settings = TUNED["flowgrpo"] | {"eval_every": 6} | settings
     return Row(f"tiny-sd3-{name}", label, "flowgrpo", "tiny-sd3", iterations, settings)
 
 
@@ -594,8 +598,7 @@ def preset(model, name="preset", iterations=None, change=None, **settings):
 FIGURES = {
     "default": [preset("tiny"), preset("tiny-sd3")],
     "tiny": [
-        compared(key, "tiny", 24, eval_every=2)
-        for key in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
+        compared(method) for method in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
     ],
     "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 120)],
     "few": [
@@ -604,9 +607,9 @@ FIGURES = {
     ],
     "negative": [
         ablated(),
-        ablated("positive", change=positive_only),
+        ablated("positive", label="without it", change=positive_only),
         ablated(model="tiny-sd3"),
-        ablated("positive", "tiny-sd3", change=positive_only),
+        ablated("positive", "tiny-sd3", label="without it", change=positive_only),
     ],
     "solvers": [
         ablated(),
@@ -621,9 +624,9 @@ FIGURES = {
     ],
     "weighting": [
         ablated(model="tiny-sd3"),
-        ablated("w=1", "tiny-sd3", functools.partial(weighted, constant_weight)),
-        ablated("w=t", "tiny-sd3", functools.partial(weighted, rising_weight)),
-        ablated("w=1-t", "tiny-sd3", functools.partial(weighted, falling_weight)),
+        ablated("w=1", "tiny-sd3", change=functools.partial(weighted, constant_weight)),
+        ablated("w=t", "tiny-sd3", change=functools.partial(weighted, rising_weight)),
+        ablated("w=1-t", "tiny-sd3", change=functools.partial(weighted, falling_weight)),
     ],
     "beta": [
         ablated(),
