@@ -553,8 +553,8 @@ def epsilon_row(name, label, change=None, **settings):
 FLOW_LOSS = functools.partial(eps_weighted, x0_weight, scaled=False)
 FLOW_SETTINGS = {"kl": 1e-4, "warmup": 0}
 # A learned reward; the exact one is watched.
-LEARNED = {"reward": "learned"}
-LEARNED |= {"watch": f"{nft.PRESETS['tiny']['reward']},brightness,saturation"}
+EXACT = nft.PRESETS["tiny"]["reward"]
+LEARNED = {"reward": "learned", "watch": f"{EXACT},brightness,saturation"}
 
 
 def order_of_work(name, label, iterations, **settings):
