@@ -600,7 +600,7 @@ FIGURES = {
     "tiny": [
         compared(method) for method in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
     ],
-    "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 120)],
+    "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 192)],
     "few": [
         FIVE_STEPS,
         flowgrpo("few", "FlowGRPO, 3 of 6 steps", 60, **FEW_FLOWGRPO, steps=6),
