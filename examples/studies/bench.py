@@ -497,6 +497,13 @@ def measure(cases, rewards, prompts, repeats):
     return seconds, peaks
 
 
+def plain_ratios(seconds, case):
+    """The plain loop's seconds over nft.py's, a round each; its case is the next one."""
+    ours = [sum(spent) for spent in seconds[case]]
+    plain = [sum(spent) for spent in seconds[case + 1]]
+    return [b / a for a, b in zip(ours, plain, strict=True)]
+
+
 def print_table(cases, seconds, peaks, images, pairs):
     """A row a case. The last case of a KL weight is the plain loop's, with which it is compared."""
     print("\n| kl | loop | rollout images/s | training pairs/s | s an iteration ", end="")
@@ -507,14 +514,17 @@ def print_table(cases, seconds, peaks, images, pairs):
         totals = [sum(spent) for spent in seconds[case]]
         ratio = ""
         if loop.name != "plain":
-            plain = [sum(spent) for spent in seconds[case + 1]]
-            ratio = show([b / a for a, b in zip(totals, plain, strict=True)])
+            ratio = show(plain_ratios(seconds, case))
         speeds = f"{show(rollouts)} | {show(trainings)} | {show(totals, 3)}"
         print(f"| {kl:g} | {loop.name} | {speeds} | {peaks[case]:.2f} | {ratio} |")
 
 
 def bench(config, name, repeats):
-    """Measure, and print the tables."""
+    """Measure, and print the tables.
+
+    Returns the ratios of the plain loop with KL and without, those of the rollout to the pipeline
+    alone, and {part: its share of an iteration} of nft.py with KL.
+    """
     prompts, _ = nft.load_prompt_sets(config)
     rewards = nft.load_rewards(config.reward, "--reward")
     repeated = []
@@ -538,11 +548,13 @@ def bench(config, name, repeats):
     megabytes = kept(model, repeated) / 1e6
     batch = min(images, config.batch_size)
     print(f"kept for the backward pass of {batch} pairs: {megabytes:,.1f} MB\n")
+    shares = []
     for kl, loop in cases:
         loop.config.kl = kl
-        shares = parts(loop, rewards, repeated)
-        numbers = [f"{part} {100 * share:.1f}%" for part, share in shares.items()]
+        shares.append(parts(loop, rewards, repeated))
+        numbers = [f"{part} {100 * share:.1f}%" for part, share in shares[-1].items()]
         print(f"kl {kl:g}, {loop.name}: {', '.join(numbers)}")
+    return plain_ratios(seconds, 0), plain_ratios(seconds, 2), ratios, shares[0]
 
 
 def main(argv=None):

@@ -47,6 +47,7 @@ HALF_WIDTH = 5.0
 # Where each function has its minimum, in [-2, 2]^20 of the functions' own units.
 MINIMUM = 4 * torch.rand(DIMENSIONS, generator=torch.Generator().manual_seed(1234)) - 2
 BATCH = 100
+CALLS = 5000
 SEEDS = (0, 1, 2)
 
 
@@ -298,6 +299,17 @@ def draw(path, results):
     figure.savefig(path, dpi=90)
 
 
+def compare_all(functions, calls):
+    """{function: a `compare` a seed}; prints each function's table."""
+    # The layers are small, and threads would change the last digits.
+    torch.set_num_threads(1)
+    results = {}
+    for name in functions:
+        results[name] = [compare(FUNCTIONS[name], calls, seed) for seed in SEEDS]
+        print_table(name, results[name], calls)
+    return results
+
+
 def main(argv=None):
     """Compare the methods on each function, print tables and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -307,16 +319,13 @@ def main(argv=None):
     for package in ("cma", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             parser.error(f"this study needs {package}: pip install {package}")
-    # The layers are small, and threads would change the last digits.
-    torch.set_num_threads(1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    calls = 2000 if args.quick else 5000
-    results = {}
-    for name, function in FUNCTIONS.items():
-        if args.quick and results:
-            break
-        results[name] = [compare(function, calls, seed) for seed in SEEDS]
-        print_table(name, results[name], calls)
+    calls = CALLS
+    functions = list(FUNCTIONS)
+    if args.quick:
+        calls = 2000
+        functions = functions[:1]
+    results = compare_all(functions, calls)
     draw(args.out, results)
     print(f"{args.out}, {time.process_time():.0f} s of CPU")
 

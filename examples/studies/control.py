@@ -49,6 +49,8 @@ LIMIT = 2.0
 # The discount of a step.
 GAMMA = 0.95
 GROUP_SIZE = 8
+ITERATIONS = 30
+SEEDS = (0, 1, 2)
 # The task's own length of an episode.
 STEPS = 200
 # Iterations from one evaluation to the next.
@@ -240,7 +242,7 @@ def learn(theta, old, optimizer, D, method, updates=10, batch=1024):
         optimizer.step()
 
 
-def improve(net, method, iterations=30):
+def improve(net, method, iterations=ITERATIONS):
     """Algorithm 1; returns the trained policy, and its mean held-out returns as it learned."""
     theta = copy.deepcopy(net)
     old = copy.deepcopy(net).requires_grad_(False)
@@ -309,20 +311,14 @@ def print_table(curves, controllers):
         print(f"  {name:28s} {np.mean(returns):6.0f} ({each})")
 
 
-def main(argv=None):
-    """Clone, improve by each method, print a table and draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, 10 iterations")
-    parser.add_argument("--out", type=Path, default=Path("runs/control.png"))
-    args = parser.parse_args(argv)
-    for package in ("gymnasium", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"this study needs {package}: pip install {package}")
+def compare(seeds, iterations):
+    """Clone, and improve by each method; prints the returns.
+
+    Returns the controller's returns, {method: a curve a seed}, and the evaluations of the first
+    seed's cloned policy and of what NFT made of it.
+    """
     # The layers are small, and threads would change the last digits.
     torch.set_num_threads(1)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    seeds = (0,) if args.quick else (0, 1, 2)
-    iterations = 10 if args.quick else 30
     controllers = []
     curves = {name: [] for name in METHODS}
     for seed in seeds:
@@ -333,10 +329,29 @@ def main(argv=None):
             theta, curve = improve(net, method, iterations)
             curves[name].append(curve)
             print(f"seed {seed}, {name}:", *[f"{x:.0f}" for x in curve], flush=True)
-            if seed == 0 and name == "NFT":
+            if seed == seeds[0] and name == "NFT":
                 before = evaluate(net)
                 after = evaluate(theta)
     print_table(curves, controllers)
+    return controllers, curves, before, after
+
+
+def main(argv=None):
+    """Clone, improve by each method, print a table and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, 10 iterations")
+    parser.add_argument("--out", type=Path, default=Path("runs/control.png"))
+    args = parser.parse_args(argv)
+    for package in ("gymnasium", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"this study needs {package}: pip install {package}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    seeds = SEEDS
+    iterations = ITERATIONS
+    if args.quick:
+        seeds = SEEDS[:1]
+        iterations = 10
+    _, curves, before, after = compare(seeds, iterations)
     draw(args.out, curves, before, after)
     print(f"{args.out}, {time.process_time():.0f} s of CPU")
 

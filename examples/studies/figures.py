@@ -11,10 +11,12 @@
 rows.py says what is run, report.py what is made of it. Runs are ordinary run directories under
 --out, beside tables.md and the plots. Finished ones are not repeated; one that was cut off starts
 anew, as does one of another method in nft.py or of other settings. But for --quick, what came out
-is written to results.json, and from there into README.md and STUDIES.md: see results.py. Every
-method has the same base, prompts, reward, LoRA, evaluation (the same noise and solver), number of
-images an iteration and, where a row does not change it, of updates (4). Accuracy counts only beside
-roughness and the pictures. The plots need matplotlib.
+is written to results.json, and from there into README.md and STUDIES.md: see results.py. The
+tables of other studies are by tables.py.
+
+Every method has the same base, prompts, reward, LoRA, evaluation (the same noise and solver),
+number of images an iteration and, where a row does not change it, of updates (4). Accuracy counts
+only beside roughness and the pictures. The plots need matplotlib.
 SPDX-License-Identifier: MIT
 """
 
@@ -208,12 +210,12 @@ def run_all(tasks, jobs):
 
 # ---- Command line --------------------------------------------------------------------------------
 def quick(row):
-    """A row in a third of its iterations, or so: 4 to 12. It is evaluated every other one.
+    """A row in a third of its iterations, or so: 4 to 8. It is evaluated every fourth one.
 
     An evaluation costs almost as much as an iteration.
     """
-    iterations = min(12, max(4, row.iterations // 3))
-    settings = row.settings | {"eval_every": 2}
+    iterations = min(8, max(4, row.iterations // 3))
+    settings = row.settings | {"eval_every": 4}
     return dataclasses.replace(row, iterations=iterations, settings=settings)
 
 
@@ -243,7 +245,7 @@ def parse(argv):
     seeds = [0, 1, 2]
     out = Path("runs/figures")
     if args.quick:
-        left_out = (*LEFT_OUT, "signal", "few", "epsilon", "learned", "long", "guidance")
+        left_out = (*LEFT_OUT, *rows.BESIDES)
         seeds = [0]
         out = Path("runs/figures-quick")
     args.figures = args.figures or [name for name in rows.FIGURES if name not in left_out]

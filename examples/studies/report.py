@@ -24,11 +24,12 @@ TARGETS = (0.5, 0.7)
 # guidance.
 WATCHED = ("brightness", "saturation", "shapes:reward")
 WATCHED += tuple(f"guidance {scale}" for scale in rows.SCALES)
-COMPARISONS = ("tiny", "tiny-sd3", "few")
+COMPARISONS = ("tiny", "few-tiny", "tiny-sd3", "few")
 ABLATIONS = ("negative", "solvers", "eta", "weighting", "beta", "off-policy")
 # The costs in the table of a figure, where they are not images alone.
 SHOWN_COSTS = {
     "tiny": ("evaluations", "seconds"),
+    "few-tiny": ("evaluations", "seconds"),
     "tiny-sd3": ("evaluations", "seconds"),
     "few": ("evaluations", "seconds"),
     "released": ("evaluations", "seconds"),
@@ -399,8 +400,8 @@ def plot(panels, runs, file):
     """Draw panels (title, rows, cost), at most three a line, into a PNG."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(panels))
     lines = math.ceil(len(panels) / 3)
+    columns = math.ceil(len(panels) / lines)
     size = (min(13, 8 * columns), 3.8 * lines)
     figure = Figure(figsize=size, layout="constrained")
     for number, (title, wanted, cost) in enumerate(panels, 1):

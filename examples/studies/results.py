@@ -5,7 +5,7 @@
 figures.py does this after its runs; the plots need matplotlib. results.json has a line a run.
 Between the markers `<!-- results: NAME -->` and `<!-- end -->` a page has what results.json gives
 for NAME: a figure's table, or for "ROW accuracy" a row's number (accuracy, roughness, images,
-evaluations, minutes).
+evaluations, minutes). NAME may be a table of tables.json, too, which tables.py writes.
 
 A run's fingerprint stands for the method: the statements in METHOD, as Python parses them, so
 that comments, form, docstrings and messages do not count. Defaults and presets are compared as the
@@ -35,6 +35,9 @@ import rows
 import nft
 
 FILE = REPOSITORY / "examples/studies/results.json"
+TABLES = REPOSITORY / "examples/studies/tables.json"
+# Those that tables.py makes.
+OTHERS = ("blackbox", "control", "memory", "speed")
 PAGES = (REPOSITORY / "README.md", REPOSITORY / "examples/studies/STUDIES.md")
 # The pages' plots: the figures in each, and against what accuracy is drawn.
 PLOTS = {
@@ -188,6 +191,20 @@ def update(tasks):
     draw_plots()
 
 
+def read_tables():
+    """The tables of tables.json by name: {"origin": its code and machine, "table": Markdown}."""
+    if not TABLES.exists():
+        return {}
+    return json.loads(TABLES.read_text("utf-8"))
+
+
+def record(name, table):
+    """Put a table, Markdown, into tables.json, and fill the pages."""
+    tables = read_tables() | {name: {"origin": origin(), "table": table}}
+    nft.write_text(TABLES, json.dumps(tables, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    fill_pages()
+
+
 def by_row(runs):
     """{row: {seed: points}} of the runs of results.json."""
     points = collections.defaultdict(dict)
@@ -200,12 +217,20 @@ def by_row(runs):
 # ---- Pages ---------------------------------------------------------------------------------------
 def show(name, runs):
     """What a page shows between the markers of a name."""
+    tables = read_tables()
+    if name in tables:
+        found = tables[name]["origin"]
+        return f"\n{tables[name]['table']}\n*commit {found['commit']} on {found['cpu']}.*\n"
+    if name in OTHERS:
+        return "\nNot measured on today's code.\n"
     named = {row.name: row for wanted in rows.FIGURES.values() for row in wanted}
     points = by_row(runs)
     if name not in rows.FIGURES:
         row, _, field = name.rpartition(" ")
         if row not in named or field not in report.NUMBERS:
-            raise SystemExit(f"results.py: {name}: must be a figure, or a row and a number")
+            raise SystemExit(
+                f"results.py: {name}: must be a table, a figure, or a row and a number"
+            )
         return report.numbers(points[row])[field] if row in points else "not measured"
     wanted = [row for row in rows.FIGURES[name] if row.name in points]
     if not wanted:

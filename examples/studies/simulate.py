@@ -483,7 +483,11 @@ def without_text(peaks, text):
 
 
 def simulate(name, words):
-    """Print the rows of a preset; words: flags of nft.py."""
+    """Print the rows of a preset; words: flags of nft.py.
+
+    Returns the rows, (preset and pixels, batch, {column: bytes}), and {network: its bytes}.
+    """
+    rows = []
     config = nft.parse([f"--model={name}", *DEFAULTS, *words])
     with Simulation() as tracker:
         pipe = build_fake(PIPELINES[name], nft.pick_device(config)[1], tracker)
@@ -494,12 +498,17 @@ def simulate(name, words):
             peaks = measure(run, tracker, batch)
             peaks["without"] = without_text(peaks, text)
             numbers = [f"{peaks[key] / 1e9:.2f}" for key in COLUMNS]
-            print(f"| {name} {run.model.size} | {batch} | {' | '.join(numbers)} |", flush=True)
-    return sizes
+            label = f"{name} {run.model.size}"
+            print(f"| {label} | {batch} | {' | '.join(numbers)} |", flush=True)
+            rows.append((label, batch, peaks))
+    return rows, sizes
 
 
 def main(names, words):
-    """bench.py --simulate: print the table of these presets. Raises nft.UserError."""
+    """bench.py --simulate: print the table of these presets, and return its rows.
+
+    Raises nft.UserError.
+    """
     import diffusers
     import transformers
 
@@ -512,11 +521,16 @@ def main(names, words):
     print(f"diffusers {diffusers.__version__}, transformers {transformers.__version__}\n")
     print(f"| simulated | batch | {' | '.join(COLUMNS.values())} |")
     print("|" + " --- |" * (2 + len(COLUMNS)))
-    sizes = {name: simulate(name, words) for name in names}
+    rows = []
+    weights = []
+    for name in names:
+        found, sizes = simulate(name, words)
+        rows += found
+        numbers = [f"{part} {size / 1e9:.2f}" for part, size in sizes.items()]
+        weights.append(f"{name}: {', '.join(numbers)}")
     print("\nweights among these, GB:")
-    for name, parts in sizes.items():
-        numbers = [f"{part} {size / 1e9:.2f}" for part, size in parts.items()]
-        print(f"{name}: {', '.join(numbers)}")
+    print("\n".join(weights))
+    return rows
 
 
 # ---- The check -----------------------------------------------------------------------------------

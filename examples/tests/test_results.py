@@ -15,6 +15,7 @@ import figures
 import pytest
 import results
 import rows
+import tables
 import torch
 
 import nft
@@ -125,6 +126,7 @@ def test_a_preset_row_is_nft_itself(tmp_path, monkeypatch):
 def page(tmp_path, monkeypatch):
     """A page in place of the repository's, beside a results.json of its own; its text has a %s."""
     monkeypatch.setattr(results, "FILE", tmp_path / "results.json")
+    monkeypatch.setattr(results, "TABLES", tmp_path / "tables.json")
     monkeypatch.setattr(results, "PAGES", [tmp_path / "page.md"])
     text = "From <!-- results: preset-tiny accuracy -->%s<!-- end -->.\n"
     (tmp_path / "page.md").write_text(text % "nothing yet")
@@ -156,6 +158,43 @@ def test_results_are_written(page, tmp_path, monkeypatch):
     assert not results.FILE.exists()
 
 
+def test_tables_are_written(page, tmp_path, monkeypatch):
+    """A study's table goes into tables.json, beside those of others, and onto the page."""
+    text = "<!-- results: speed -->old<!-- end -->"
+    (tmp_path / "page.md").write_text(text)
+    results.record("memory", "| b |\n")
+    assert "Not measured" in (tmp_path / "page.md").read_text()
+    monkeypatch.setitem(tables.TABLES, "speed", lambda: "| a |\n")
+    tables.main(["speed"])
+    found = json.loads(results.TABLES.read_text())
+    assert [found[name]["table"] for name in ("memory", "speed")] == ["| b |\n", "| a |\n"]
+    origin = found["speed"]["origin"]
+    assert origin["fingerprint"] == results.TODAY
+    told = f"*commit {origin['commit']} on {origin['cpu']}.*"
+    shown = text.replace("old", f"\n| a |\n\n{told}\n")
+    assert (tmp_path / "page.md").read_text() == shown
+
+
+def test_unknown_tables_are_refused(capsys):
+    """In one line, before anything is run."""
+    with pytest.raises(SystemExit):
+        tables.main(["speed,sped"])
+    assert "sped: must be of blackbox, control, memory, speed" in capsys.readouterr().err
+
+
+def test_tables_have_means_and_seeds():
+    """The mean and each seed of the last values; medians and ranges of ratios; shares; GB."""
+    seeds = [({"NFT": [9.0, value]}, 0, 0) for value in (1.0, 2.0, 6000.0)]
+    assert "| NFT | 2,001 (1, 2, 6,000) |" in tables.blackbox_table({"ackley": seeds})
+    text = tables.control_table([-5.0, -7.0], {"NFT": [[-4.0, -2.0], [-4.0, -1.0]]})
+    assert "| cloned from it | -4 (-4, -4) |\n| NFT | -1.5 (-2, -1) |" in text
+    shares = dict.fromkeys(tables.PARTS, 0.125)
+    text = tables.speed_table({"tiny": ([1, 2, 4], [1, 1, 1], [3, 3, 3], shares)})
+    assert "| 2.00 (1.00 to 4.00) |" in text and "| share of the rollout | 12% |" in text
+    peaks = {"rollout": 1e9, "training": 25e8, "checkpointing": 2e9}
+    assert "| x 32 | 4 | 1.00 | 2.50 | 2.00 |" in tables.memory_table([("x 32", 4, peaks)])
+
+
 @pytest.mark.parametrize("name", [*rows.FIGURES, "preset-tiny minutes"])
 def test_what_was_not_measured_says_so(name):
     """A page has no figures where results.json has none, and a table of those that it has."""
@@ -178,13 +217,15 @@ def recorded():
 
 
 def test_results_are_of_this_code():
-    """results.json is of today's nft.py and rows; else figures.py must be run once more."""
+    """results.json and tables.json are of today's nft.py and rows; else they must be made anew."""
     named = {row.name: row for wanted in rows.FIGURES.values() for row in wanted}
     for name, run in recorded().items():
         assert run["origin"]["fingerprint"] == results.TODAY, name
         row, _, seed = name.rpartition("-")
         today = results.settings(vars(figures.configure(named[row], "x", int(seed))))
         assert run["settings"].items() <= today.items(), name
+    for name, found in results.read_tables().items():
+        assert found["origin"]["fingerprint"] == results.TODAY, name
 
 
 def test_pages_are_of_results_json():
