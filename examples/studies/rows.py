@@ -611,8 +611,6 @@ FIGURES = {
     "few-tiny": [
         compared_few("nft", train_times=2, z=1.5),
         compared_few("ddpo"),
-        compared_few("dpok"),
-        compared_few("loop"),
         compared_few("rwr", train_times=2),
         compared_few("rft", train_times=2),
     ],
@@ -696,7 +694,7 @@ FIGURES = {
     ],
     "long": [
         preset("tiny", "long", 100, eval_every=10),
-        preset("tiny-sd3", "long", 120, eval_every=20),
+        preset("tiny-sd3", "long", 80, eval_every=20),
     ],
     "guidance": [
         preset("tiny", "guidance-1", change=guided, guidance=1),
