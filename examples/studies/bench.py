@@ -522,8 +522,9 @@ def print_table(cases, seconds, peaks, images, pairs):
 def bench(config, name, repeats):
     """Measure, and print the tables.
 
-    Returns the ratios of the plain loop with KL and without, those of the rollout to the pipeline
-    alone, and {part: its share of an iteration} of nft.py with KL.
+    Returns three lists of ratios, a round each: the plain loop's seconds over nft.py's, with KL and
+    without, and the rollout's over those of the pipeline alone. Then {part: its share} of one
+    iteration of nft.py with KL.
     """
     prompts, _ = nft.load_prompt_sets(config)
     rewards = nft.load_rewards(config.reward, "--reward")

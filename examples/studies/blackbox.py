@@ -300,7 +300,10 @@ def draw(path, results):
 
 
 def compare_all(functions, calls):
-    """{function: a `compare` a seed}; prints each function's table."""
+    """{name: what `compare` returns for each of SEEDS}; prints a table a function.
+
+    functions: names of FUNCTIONS.
+    """
     # The layers are small, and threads would change the last digits.
     torch.set_num_threads(1)
     results = {}

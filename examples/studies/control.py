@@ -312,7 +312,7 @@ def print_table(curves, controllers):
 
 
 def compare(seeds, iterations):
-    """Clone, and improve by each method; prints the returns.
+    """Clone, and improve by each method; prints the returns. iterations: a multiple of EVERY.
 
     Returns the controller's returns, {method: a curve a seed}, and the evaluations of the first
     seed's cloned policy and of what NFT made of it.

@@ -133,6 +133,13 @@ def ratio(theirs, ours):
     return Amount(mark, theirs.value / ours.value)
 
 
+def number(value):
+    """Three digits, or all those before the point of a large number."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
 def order_statistic(amounts, i):
     """Number i of sorted Amounts as text, marked as a bound where one can move across it."""
     mark = ""
@@ -140,10 +147,7 @@ def order_statistic(amounts, i):
         mark += ">"
     if any(amount.mark == "<" for amount in amounts[i:]):
         mark += "<"
-    value = amounts[i].value
-    if value >= 100:
-        return f"{mark}{value:,.0f}"
-    return f"{mark}{value:.3g}"
+    return mark + number(amounts[i].value)
 
 
 def spread(amounts):

@@ -1,15 +1,17 @@
-"""results.json: what the runs of figures.py came to, on which code and machine; what pages show.
+"""results.json and tables.json: what was measured, on which code and machine; what pages show.
 
-    python examples/studies/results.py      # write the pages anew from results.json
+    python examples/studies/results.py      # write the pages anew from these files
 
-figures.py does this after its runs; the plots need matplotlib. results.json has a line a run.
-Between the markers `<!-- results: NAME -->` and `<!-- end -->` a page has what results.json gives
-for NAME: a figure's table, or for "ROW accuracy" a row's number (accuracy, roughness, images,
-evaluations, minutes). NAME may be a table of tables.json, too, which tables.py writes.
+figures.py does this after its runs, and tables.py after its studies; the plots need matplotlib.
+results.json has a line a run, tables.json a table a study. Between the markers
+`<!-- results: NAME -->` and `<!-- end -->` a page has what they give for NAME: a figure's or a
+study's table, or for "ROW accuracy" a row's number (accuracy, roughness, images, evaluations,
+minutes).
 
 A run's fingerprint stands for the method: the statements in METHOD, as Python parses them, so
 that comments, form, docstrings and messages do not count. Defaults and presets are compared as the
-run's settings are. Neither sees what lies in examples/: a change there is yours to remember.
+run's settings are. Neither sees what lies in examples/: a change there is yours to remember. A
+study of tables.json has its own files and the presets in its fingerprint, too.
 SPDX-License-Identifier: MIT
 """
 
@@ -36,8 +38,14 @@ import nft
 
 FILE = REPOSITORY / "examples/studies/results.json"
 TABLES = REPOSITORY / "examples/studies/tables.json"
-# Those that tables.py makes.
-OTHERS = ("blackbox", "control", "memory", "speed")
+# The studies of tables.py, and the files that they are made of.
+STUDIES = {
+    "blackbox": ["blackbox.py"],
+    "control": ["control.py"],
+    "memory": ["simulate.py", "bench.py"],
+    "speed": ["bench.py"],
+}
+NOT_MEASURED = "\nNot measured on today's code.\n"
 PAGES = (REPOSITORY / "README.md", REPOSITORY / "examples/studies/STUDIES.md")
 # The pages' plots: the figures in each, and against what accuracy is drawn.
 PLOTS = {
@@ -124,6 +132,15 @@ def fingerprint(source):
 TODAY = fingerprint(Path(nft.__file__).read_text("utf-8"))
 
 
+def study_fingerprint(name):
+    """As `fingerprint`, of the method, the presets and all of a study's files."""
+    parts = [TODAY, repr(nft.PRESETS)]
+    for file in STUDIES[name]:
+        tree = ast.parse((REPOSITORY / "examples/studies" / file).read_text("utf-8"))
+        parts.append(spell(WithoutWords().visit(tree)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 # ---- Runs ----------------------------------------------------------------------------------------
 def git(*words):
     """What git says of this repository; nothing where there is none."""
@@ -192,15 +209,28 @@ def update(tasks):
 
 
 def read_tables():
-    """The tables of tables.json by name: {"origin": its code and machine, "table": Markdown}."""
+    """The studies of tables.json by name, those of today's code alone.
+
+    Each is {"origin": its machine and code, "study": its fingerprint, "table": Markdown}.
+    """
     if not TABLES.exists():
         return {}
-    return json.loads(TABLES.read_text("utf-8"))
+    found = json.loads(TABLES.read_text("utf-8"))
+    return {name: found[name] for name in STUDIES if is_today(name, found.get(name))}
 
 
-def record(name, table):
-    """Put a table, Markdown, into tables.json, and fill the pages."""
-    tables = read_tables() | {name: {"origin": origin(), "table": table}}
+def is_today(name, found):
+    """Whether what tables.json has of a study is of today's code."""
+    return found is not None and found["study"] == study_fingerprint(name)
+
+
+def record(name, table, made):
+    """Put a study's table, Markdown, into tables.json, and fill the pages.
+
+    made: the `origin` of when it began.
+    """
+    tables = read_tables()
+    tables[name] = {"origin": made, "study": study_fingerprint(name), "table": table}
     nft.write_text(TABLES, json.dumps(tables, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     fill_pages()
 
@@ -216,13 +246,13 @@ def by_row(runs):
 
 # ---- Pages ---------------------------------------------------------------------------------------
 def show(name, runs):
-    """What a page shows between the markers of a name."""
-    tables = read_tables()
-    if name in tables:
-        found = tables[name]["origin"]
-        return f"\n{tables[name]['table']}\n*commit {found['commit']} on {found['cpu']}.*\n"
-    if name in OTHERS:
-        return "\nNot measured on today's code.\n"
+    """What a page shows between the markers of a name; `runs` are those of results.json."""
+    if name in STUDIES:
+        tables = read_tables()
+        if name not in tables:
+            return NOT_MEASURED
+        made = tables[name]["origin"]
+        return f"\n{tables[name]['table']}\n*commit {made['commit']} on {made['cpu']}.*\n"
     named = {row.name: row for wanted in rows.FIGURES.values() for row in wanted}
     points = by_row(runs)
     if name not in rows.FIGURES:
@@ -234,7 +264,7 @@ def show(name, runs):
         return report.numbers(points[row])[field] if row in points else "not measured"
     wanted = [row for row in rows.FIGURES[name] if row.name in points]
     if not wanted:
-        return "\nNot measured on today's code.\n"
+        return NOT_MEASURED
     # results.json has the versions as well.
     commits = collections.defaultdict(set)
     for row in wanted:
@@ -246,12 +276,12 @@ def show(name, runs):
 
 
 def fill(page, runs):
-    """The text of a page with what `runs` give between its markers."""
+    """The text of a page with what is to be shown between its markers."""
     return MARKED.sub(lambda found: found[1] + show(found[2], runs) + found[4], page)
 
 
 def fill_pages():
-    """Write the pages anew from results.json."""
+    """Write the pages anew from results.json and tables.json."""
     for page in PAGES:
         nft.write_text(page, fill(page.read_text("utf-8"), read()))
 

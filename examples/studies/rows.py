@@ -513,7 +513,7 @@ def compared(method):
 
 
 def compared_few(method, **settings):
-    """A row of the comparison on tiny whose rollouts have five steps; all share the rest."""
+    """A row of the comparison on tiny with few steps; all share these, the warm-up and the EMA."""
     shared = {"steps": 5, "warmup": 4, "ema": 0.8, "eval_every": 2}
     label = f"{LABELS[method]}, 5 steps"
     settings = TUNED[method] | shared | settings

@@ -11,6 +11,7 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import importlib.util
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -23,12 +24,19 @@ sys.path.insert(0, str(REPOSITORY / "examples" / "studies"))
 import bench
 import blackbox
 import control
+import report
 import results
 import simulate
 
 import nft
 
 MODELS = ("tiny", "tiny-sd3")
+# What bench.bench returns, in its order.
+RATIOS = (
+    "a plain loop in the released code's order of work",
+    "the same without KL, where the released code computes a reference that weighs nothing",
+    "nft.py's rollout beside the pipeline alone",
+)
 PARTS = {
     "rollout": "the rollout",
     "old": "the old policy",
@@ -37,26 +45,13 @@ PARTS = {
     "backward and rest": "backward, and the rest",
     "reward": "the reward",
 }
-
-
-# ---- Markdown ------------------------------------------------------------------------------------
-def table(heading, lines):
-    """A Markdown table of a heading and lines of cells."""
-    rule = ["---"] * len(heading)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, rule, *lines))
-
-
-def number(value):
-    """Three digits, or all those of a large number."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+PACKAGES = {"blackbox": ("cma", "matplotlib"), "control": ("gymnasium", "matplotlib")}
 
 
 def mean_and_each(values):
     """The mean (each seed's)."""
-    each = ", ".join(map(number, values))
-    return f"{number(statistics.mean(values))} ({each})"
+    each = ", ".join(map(report.number, values))
+    return f"{report.number(statistics.mean(values))} ({each})"
 
 
 def median_and_range(values):
@@ -64,24 +59,25 @@ def median_and_range(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-# ---- The tables ----------------------------------------------------------------------------------
 def blackbox_table(found):
     """Best values after all calls, a column a function. found: of blackbox.compare_all."""
-    methods = next(iter(found.values()))[0][0]
+    first = next(iter(found.values()))
+    curves_of_a_seed, _, _ = first[0]
     lines = []
-    for method in methods:
+    for method in curves_of_a_seed:
         cells = [method]
         for of_seeds in found.values():
             cells.append(mean_and_each([curves[method][-1] for curves, _, _ in of_seeds]))
         lines.append(cells)
-    return table(["method", *[name.capitalize() for name in found]], lines)
+    return report.table(["method", *[name.capitalize() for name in found]], lines)
 
 
 def run_blackbox():
     """The table, and blackbox.png."""
-    found = blackbox.compare_all(blackbox.FUNCTIONS, blackbox.CALLS)
+    found = blackbox.compare_all(list(blackbox.FUNCTIONS), blackbox.CALLS)
+    table = blackbox_table(found)
     blackbox.draw(results.FILE.parent / "blackbox.png", found)
-    return blackbox_table(found)
+    return table
 
 
 def control_table(controllers, curves):
@@ -91,14 +87,15 @@ def control_table(controllers, curves):
     lines.append(["cloned from it", mean_and_each(cloned)])
     for method, of_seeds in curves.items():
         lines.append([method, mean_and_each([curve[-1] for curve in of_seeds])])
-    return table(["policy", "return"], lines)
+    return report.table(["policy", "return"], lines)
 
 
 def run_control():
     """The table, and control.png."""
     controllers, curves, before, after = control.compare(control.SEEDS, control.ITERATIONS)
+    table = control_table(controllers, curves)
     control.draw(results.FILE.parent / "control.png", curves, before, after)
-    return control_table(controllers, curves)
+    return table
 
 
 def memory_table(found):
@@ -108,7 +105,7 @@ def memory_table(found):
         sizes = [peaks[key] / 1e9 for key in ("rollout", "training", "checkpointing")]
         lines.append([label, str(batch), *[f"{size:.2f}" for size in sizes]])
     heading = ["model, pixels", "batch", "rollout", "training", "training, `--checkpointing`"]
-    return table(heading, lines)
+    return report.table(heading, lines)
 
 
 def run_memory():
@@ -118,51 +115,57 @@ def run_memory():
 
 def speed_table(found):
     """Ratios, and shares of an iteration. found: {model: what bench.bench returns}."""
-    ratios = {
-        "a plain loop in the released code's order of work": 0,
-        "the same without KL, where the released code computes a reference that weighs nothing": 1,
-        "nft.py's rollout beside the pipeline alone": 2,
-    }
     lines = []
-    for text, i in ratios.items():
+    for i, text in enumerate(RATIOS):
         lines.append([text, *[median_and_range(measured[i]) for measured in found.values()]])
     for part, text in PARTS.items():
-        shares = [measured[3][part] for measured in found.values()]
-        lines.append([f"share of {text}", *[f"{share:.0%}" for share in shares]])
+        shares = [measured[-1][part] for measured in found.values()]
+        lines.append([f"share of an iteration: {text}", *[f"{share:.0%}" for share in shares]])
     heading = [f"`{model}`" for model in found]
-    return table(["beside nft.py's iteration", *heading], lines)
+    return report.table(["beside nft.py's iteration", *heading], lines)
 
 
 def run_speed():
-    """bench.py on both shipped models."""
+    """bench.py on both shipped models, on the CPU."""
     found = {}
     for model in MODELS:
-        config = nft.configure(model=model, groups=4)
+        config = nft.configure(model=model, groups=4, device="cpu")
         found[model] = bench.bench(config, model, repeats=5)
     return speed_table(found)
 
 
-TABLES = dict(zip(results.OTHERS, (run_blackbox, run_control, run_memory, run_speed), strict=True))
-PACKAGES = {"blackbox": "cma", "control": "gymnasium"}
+TABLES = {
+    "blackbox": run_blackbox,
+    "control": run_control,
+    "memory": run_memory,
+    "speed": run_speed,
+}
 
 
 def main(argv=None):
-    """Make the tables that the command line names."""
+    """Make the tables that the command line names; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="?", default=",".join(TABLES), help="all without it")
     names = parser.parse_args(argv).names.split(",")
-    unknown = set(names) - set(TABLES)
-    if unknown:
-        parser.error(f"{','.join(unknown)}: must be of {', '.join(TABLES)}")
     for name in names:
-        package = PACKAGES.get(name)
-        for needed in (package, "matplotlib"):
-            if package and importlib.util.find_spec(needed) is None:
-                parser.error(f"{name} needs {needed}: pip install {needed}")
+        if name not in TABLES:
+            parser.error(f"{name}: must be of {', '.join(TABLES)}")
+        for package in PACKAGES.get(name, ()):
+            if importlib.util.find_spec(package) is None:
+                parser.error(f"{name} needs {package}: pip install {package}")
+    # For the presets' files of this repository, not of another one that we may be in.
+    os.chdir(REPOSITORY)
     torch.set_num_threads(1)
+    made = results.origin()
     for name in names:
-        results.record(name, TABLES[name]())
+        try:
+            table = TABLES[name]()
+        except KeyboardInterrupt:
+            print(f"tables.py: interrupted in {name}; earlier tables are kept", file=sys.stderr)
+            return 130
+        results.record(name, table, made)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

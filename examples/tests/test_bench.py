@@ -9,6 +9,7 @@ import re
 import bench
 import common
 import pytest
+import tables
 import torch
 from torch.testing import assert_close
 
@@ -73,7 +74,7 @@ def test_kept_grows_with_the_batch():
     assert kept(2, checkpointing=True) < two / 2
 
 
-def test_tables(capsys):
+def test_tables(capsys, monkeypatch):
     """A row a loop and KL weight; the parts of an iteration sum to one."""
     words = common.flags(
         model=common.root() / "sd15",
@@ -85,13 +86,26 @@ def test_tables(capsys):
         groups=1,
         group_size=2,
     )
+    returned = []
+    measure = bench.bench
+    monkeypatch.setattr(bench, "bench", lambda *args: returned.append(measure(*args)))
     assert bench.main(["--repeats=2", *words]) == 0
+    (measured,) = returned
+    *ratios, found = measured
     text = capsys.readouterr().out
     rows = re.findall(r"^\| ([\d.]+) \| (\S+) \|", text, re.MULTILINE)
     assert rows == [("0.0001", "nft.py"), ("0.0001", "plain"), ("0", "nft.py"), ("0", "plain")]
     assert re.search(r"pipeline alone: \d", text)
     assert re.search(r"backward pass of 2 pairs: \d.* MB", text)
+    # What tables.py is given: the ratios with KL, without, and of the rollout.
+    told = re.findall(r"^\| (?:0.0001|0) \| nft.py .* \| ([\d.]+ \[.*?\]) \|$", text, re.MULTILINE)
+    told += re.findall(r"pipeline alone: (.*)", text)
+    assert [bench.show(values) for values in ratios] == told
+    assert found.keys() == tables.PARTS.keys()
     parts = re.findall(r"^kl .*", text, re.MULTILINE)
+    assert parts[0] == "kl 0.0001, nft.py: " + ", ".join(
+        f"{part} {100 * share:.1f}%" for part, share in found.items()
+    )
     for line in parts:
         shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
         assert sum(shares) == pytest.approx(100, abs=0.5)

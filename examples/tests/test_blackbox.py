@@ -16,7 +16,7 @@ CALLS = 600
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As in blackbox.main."""
+    """As in blackbox.compare_all."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

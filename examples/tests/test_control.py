@@ -20,7 +20,7 @@ NEEDS_GYMNASIUM = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As in control.main."""
+    """As in control.compare."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

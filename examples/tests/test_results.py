@@ -1,12 +1,13 @@
-"""results.py: results.json, the method's fingerprint, and what the pages show.
+"""results.py and tables.py: what was measured, the method's fingerprint, and what pages show.
 
     python -m pytest examples/tests/test_results.py
 
-Each test's docstring states a law. The last two speak of the results in this repository.
+Each test's docstring states a law. The last three speak of the results in this repository.
 SPDX-License-Identifier: MIT
 """
 
 import ast
+import importlib.util
 import json
 from pathlib import Path
 
@@ -159,38 +160,94 @@ def test_results_are_written(page, tmp_path, monkeypatch):
 
 
 def test_tables_are_written(page, tmp_path, monkeypatch):
-    """A study's table goes into tables.json, beside those of others, and onto the page."""
-    text = "<!-- results: speed -->old<!-- end -->"
+    """A study's table goes into tables.json and onto the page; those of other code go."""
+    text = "<!-- results: speed -->old<!-- end --><!-- results: memory -->old<!-- end -->"
     (tmp_path / "page.md").write_text(text)
-    results.record("memory", "| b |\n")
-    assert "Not measured" in (tmp_path / "page.md").read_text()
+    made = {"commit": "abc", "cpu": "X"}
+    results.record("memory", "| b |\n", made)
+    left = {"origin": made, "study": "another", "table": "| c |\n"}
+    kept = json.loads(results.TABLES.read_text())
+    results.TABLES.write_text(json.dumps(kept | {"control": left}))
+    monkeypatch.setattr(results, "origin", lambda: made)
     monkeypatch.setitem(tables.TABLES, "speed", lambda: "| a |\n")
-    tables.main(["speed"])
+    monkeypatch.chdir(tmp_path)
+    assert tables.main(["speed"]) == 0
     found = json.loads(results.TABLES.read_text())
-    assert [found[name]["table"] for name in ("memory", "speed")] == ["| b |\n", "| a |\n"]
-    origin = found["speed"]["origin"]
-    assert origin["fingerprint"] == results.TODAY
-    told = f"*commit {origin['commit']} on {origin['cpu']}.*"
-    shown = text.replace("old", f"\n| a |\n\n{told}\n")
-    assert (tmp_path / "page.md").read_text() == shown
+    assert {name: study["table"] for name, study in found.items()} == {
+        "memory": "| b |\n",
+        "speed": "| a |\n",
+    }
+    shown = (tmp_path / "page.md").read_text()
+    for line in ("| a |", "| b |"):
+        assert f"-->\n{line}\n\n*commit abc on X.*\n<!--" in shown
 
 
-def test_unknown_tables_are_refused(capsys):
-    """In one line, before anything is run."""
+@pytest.mark.parametrize("changed", ["method", "preset", "study"])
+def test_tables_of_other_code_are_not_shown(page, monkeypatch, changed):
+    """Neither of another method, nor of other presets, nor of another study."""
+    monkeypatch.setattr(results, "PAGES", [])
+    results.record("blackbox", "| a |\n", {"commit": "abc", "cpu": "X"})
+    assert "| a |" in results.show("blackbox", {})
+    if changed == "method":
+        monkeypatch.setattr(results, "TODAY", "another")
+    elif changed == "preset":
+        monkeypatch.setitem(nft.PRESETS, "tiny", nft.PRESETS["tiny"] | {"steps": 4})
+    else:
+        monkeypatch.setitem(results.STUDIES, "blackbox", ["control.py"])
+    assert results.show("blackbox", {}) == results.NOT_MEASURED
+
+
+def test_studies_have_tables():
+    """tables.py makes what results.py names."""
+    assert tables.TABLES.keys() == results.STUDIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "told"),
+    [
+        ("speed,sped", None, "sped: must be of blackbox, control, memory, speed"),
+        ("speed,blackbox", "cma", "blackbox needs cma: pip install cma"),
+        ("speed,control", "gymnasium", "control needs gymnasium: pip install gymnasium"),
+        ("speed,control", "matplotlib", "control needs matplotlib: pip install matplotlib"),
+    ],
+)
+def test_tables_that_cannot_be_made_are_refused(monkeypatch, capsys, words, missing, told):
+    """Before any is made."""
+    made = []
+    for name in tables.TABLES:
+        monkeypatch.setitem(tables.TABLES, name, lambda: made.append(1))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != missing or None)
     with pytest.raises(SystemExit):
-        tables.main(["speed,sped"])
-    assert "sped: must be of blackbox, control, memory, speed" in capsys.readouterr().err
+        tables.main([words])
+    assert capsys.readouterr().err.endswith(f"error: {told}\n")
+    assert not made
 
 
 def test_tables_have_means_and_seeds():
-    """The mean and each seed of the last values; medians and ranges of ratios; shares; GB."""
-    seeds = [({"NFT": [9.0, value]}, 0, 0) for value in (1.0, 2.0, 6000.0)]
-    assert "| NFT | 2,001 (1, 2, 6,000) |" in tables.blackbox_table({"ackley": seeds})
+    """The mean and each seed of the last values, a line a method, a column a function."""
+
+    def seeds(*values):
+        return [({"NFT": [9.0, value], "RWR": [9.0, 2 * value]}, 0, 0) for value in values]
+
+    text = tables.blackbox_table({"ackley": seeds(1.0, 2.0, 6000.0), "other": seeds(0.5, 1.5)})
+    assert "| method | Ackley | Other |" in text
+    assert "| NFT | 2,001 (1, 2, 6,000) | 1 (0.5, 1.5) |\n" in text
+    assert "| RWR | 4,002 (2, 4, 12,000) | 2 (1, 3) |\n" in text
     text = tables.control_table([-5.0, -7.0], {"NFT": [[-4.0, -2.0], [-4.0, -1.0]]})
-    assert "| cloned from it | -4 (-4, -4) |\n| NFT | -1.5 (-2, -1) |" in text
-    shares = dict.fromkeys(tables.PARTS, 0.125)
-    text = tables.speed_table({"tiny": ([1, 2, 4], [1, 1, 1], [3, 3, 3], shares)})
-    assert "| 2.00 (1.00 to 4.00) |" in text and "| share of the rollout | 12% |" in text
+    lines = text.splitlines()
+    assert lines[2].endswith("| -6 (-5, -7) |")
+    assert lines[3:] == ["| cloned from it | -4 (-4, -4) |", "| NFT | -1.5 (-2, -1) |"]
+
+
+def test_tables_of_bytes_and_seconds(monkeypatch):
+    """Medians and ranges of ratios, shares of an iteration; peaks in GB."""
+    shares = {part: (i + 1) / 100 for i, part in enumerate(tables.PARTS)}
+    measured = ([1, 2, 4], [5, 5, 6], [7, 8, 9], shares)
+    lines = tables.speed_table({"tiny": measured, "other": measured}).splitlines()
+    cells = [line.split(" | ", 1)[1] for line in lines[2:]]
+    ratios = ["2.00 (1.00 to 4.00)", "5.00 (5.00 to 6.00)", "8.00 (7.00 to 9.00)"]
+    told = [*ratios, "1%", "2%", "3%", "4%", "5%", "6%"]
+    assert cells == [f"{cell} | {cell} |" for cell in told]
     peaks = {"rollout": 1e9, "training": 25e8, "checkpointing": 2e9}
     assert "| x 32 | 4 | 1.00 | 2.50 | 2.00 |" in tables.memory_table([("x 32", 4, peaks)])
 
@@ -217,19 +274,24 @@ def recorded():
 
 
 def test_results_are_of_this_code():
-    """results.json and tables.json are of today's nft.py and rows; else they must be made anew."""
+    """results.json is of today's nft.py and rows; else figures.py must be run once more."""
     named = {row.name: row for wanted in rows.FIGURES.values() for row in wanted}
     for name, run in recorded().items():
         assert run["origin"]["fingerprint"] == results.TODAY, name
         row, _, seed = name.rpartition("-")
         today = results.settings(vars(figures.configure(named[row], "x", int(seed))))
         assert run["settings"].items() <= today.items(), name
-    for name, found in results.read_tables().items():
-        assert found["origin"]["fingerprint"] == results.TODAY, name
+
+
+def test_tables_are_of_this_code():
+    """tables.json is of today's nft.py, presets and studies; else tables.py must be run anew."""
+    found = json.loads(results.TABLES.read_text("utf-8"))
+    assert results.read_tables() == found
+    assert found.keys() == results.STUDIES.keys()
 
 
 def test_pages_are_of_results_json():
-    """What stands between a page's markers is what results.json gives."""
+    """What stands between a page's markers is what results.json and tables.json give."""
     runs = recorded()
     for page in results.PAGES:
         text = page.read_text("utf-8")

@@ -137,6 +137,11 @@ def test_table(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert text.startswith("simulated, ")
     assert re.findall(r"^\| sd15 32 \| (\d)", text, re.MULTILINE) == ["1", "2"]
+    found = simulate.main(["sd15"], words[1:])
+    assert [(label, batch) for label, batch, _ in found] == [("sd15 32", 1), ("sd15 32", 2)]
+    for label, batch, peaks in found:
+        numbers = [f"{peaks[key] / 1e9:.2f}" for key in simulate.COLUMNS]
+        assert f"| {label} | {batch} | {' | '.join(numbers)} |" in text
 
 
 def test_models_are_known(capsys):
