@@ -6,7 +6,7 @@
 A small network judges whether picture and caption match. It has seen clean renders alone, with
 right and wrong captions, as a preference model has seen photographs. What it thinks of pictures
 like no render is up to chance, and training by it goes looking for them. The exact reward of
-shapes.py stands beside it as `--watch`, and so does `roughness`. It trains itself once, in a few
+shapes.py stands beside it as `--watch`, and so does `roughness`. It trains itself once, in some ten
 minutes of one core, into runs/learned.pt. It needs no package beyond nft.py's own.
 SPDX-License-Identifier: MIT
 """

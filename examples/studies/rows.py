@@ -517,7 +517,7 @@ def compared_few(method, **settings):
     shared = {"steps": 5, "warmup": 4, "ema": 0.8, "eval_every": 2}
     label = f"{LABELS[method]}, 5 steps"
     settings = TUNED[method] | shared | settings
-    return Row(f"few-tiny-{method}", label, method, "tiny", 24, settings)
+    return Row(f"few-tiny-{method}", label, method, "tiny", 12, settings)
 
 
 def ablated(name="default", model="tiny", label="", change=None, reuse=1, **settings):
@@ -610,7 +610,6 @@ FIGURES = {
     ],
     "few-tiny": [
         compared_few("nft", train_times=2, z=1.5),
-        compared_few("ddpo"),
         compared_few("rwr", train_times=2),
         compared_few("rft", train_times=2),
     ],
