@@ -411,7 +411,7 @@ def plot(panels, runs, file):
     for number, (title, wanted, cost) in enumerate(panels, 1):
         axis = figure.add_subplot(lines, columns, number)
         draw_panel(axis, title, wanted, runs, cost)
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=95)
 
 
 def pictures(wanted, out, seed, file):
