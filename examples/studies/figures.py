@@ -1,6 +1,6 @@
 """The paper's comparison and its ablations, at the size of a laptop.
 
-    python examples/studies/figures.py --quick              # one seed, short runs
+    python examples/studies/figures.py --quick              # one seed, short runs, few figures
     python examples/studies/figures.py                      # three seeds
     python examples/studies/figures.py --figures default    # the presets, as nft.py runs them
     python examples/studies/figures.py --figures beta,eta   # some of the figures
@@ -241,14 +241,14 @@ def parse(argv):
     args = parser.parse_args(argv)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install matplotlib")
-    left_out = LEFT_OUT
+    wanted = [name for name in rows.FIGURES if name not in LEFT_OUT]
     seeds = [0, 1, 2]
     out = Path("runs/figures")
     if args.quick:
-        left_out = (*LEFT_OUT, *rows.BESIDES)
+        wanted = list(rows.QUICK)
         seeds = [0]
         out = Path("runs/figures-quick")
-    args.figures = args.figures or [name for name in rows.FIGURES if name not in left_out]
+    args.figures = args.figures or wanted
     args.seeds = args.seeds or seeds
     args.out = args.out or out
     unknown = set(args.figures) - set(rows.FIGURES)

@@ -224,13 +224,13 @@ def is_today(name, found):
     return found is not None and found["study"] == study_fingerprint(name)
 
 
-def record(name, table, made):
+def record(name, table, made, study):
     """Put a study's table, Markdown, into tables.json, and fill the pages.
 
-    made: the `origin` of when it began.
+    made, study: `origin` and `study_fingerprint` of when it began.
     """
     tables = read_tables()
-    tables[name] = {"origin": made, "study": study_fingerprint(name), "table": table}
+    tables[name] = {"origin": made, "study": study, "table": table}
     nft.write_text(TABLES, json.dumps(tables, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     fill_pages()
 

@@ -520,6 +520,11 @@ def compared_few(method, **settings):
     return Row(f"few-tiny-{method}", label, method, "tiny", 12, settings)
 
 
+def third(name, iterations, **settings):
+    """The default run, `python nft.py`, with some flags, on the way to it or beside it."""
+    return preset("tiny", f"third-{name}", iterations, **settings)
+
+
 def ablated(name="default", model="tiny", label="", change=None, reuse=1, **settings):
     """A row of an ablation; without arguments the one that all others of its model change."""
     return Row(
@@ -603,8 +608,26 @@ def preset(model, name="preset", iterations=None, change=None, **settings):
     )
 
 
+# The default run before rollouts were coarser than evaluation, and r was spread more.
+BEFORE = {"batch_size": 64, "train_times": 3, "z": 5.0, "warmup": 10, "ema": 0.9}
+
+
 FIGURES = {
     "default": [preset("tiny"), preset("tiny-sd3")],
+    "third": [
+        third("before", 24, **BEFORE, steps=10),
+        third("5-steps", 16, **BEFORE),
+        third("2-levels", 12, batch_size=64),
+        third("z-2", 12, batch_size=64, z=2.0),
+        third("updates-6", 12, batch_size=64, updates=6),
+        third("4-steps", 12, batch_size=64, steps=4),
+        third("lr-3e-3", 12, batch_size=64, lr=3e-3),
+        third("1-level", 16, batch_size=64, train_times=1),
+        third("kl-0", 12, batch_size=64, kl=0.0),
+        preset("tiny"),
+        preset("tiny-sd3", "third-5-steps", steps=5, eval_steps=10),
+        preset("tiny-sd3"),
+    ],
     "tiny": [
         compared(method) for method in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
     ],
@@ -612,6 +635,10 @@ FIGURES = {
         compared_few("nft", train_times=2, z=1.5),
         compared_few("rwr", train_times=2),
         compared_few("rft", train_times=2),
+        # They train all steps of their rollouts.
+        compared_few("ddpo"),
+        compared_few("dpok"),
+        compared_few("loop"),
     ],
     "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 192)],
     "few": [
@@ -706,11 +733,11 @@ FIGURES = {
     ],
     "sweep": sweep(),
 }
-# Not of the paper: --quick leaves them out.
-BESIDES = ("few-tiny", "few", "signal", "literature", "released", "epsilon", "learned", "long")
-BESIDES += ("guidance",)
+# Those of --quick.
+QUICK = ("default", "tiny", "negative")
 TITLES = {
     "default": "The default runs",
+    "third": "On the way to the default runs, and beside it",
     "sweep": "Sweep",
     "tiny": "Comparison on tiny, which predicts eps",
     "few-tiny": "Comparison on tiny, few steps",

@@ -157,13 +157,15 @@ def main(argv=None):
     os.chdir(REPOSITORY)
     torch.set_num_threads(1)
     made = results.origin()
+    # The files may be edited while a study runs.
+    studies = {name: results.study_fingerprint(name) for name in names}
     for name in names:
         try:
             table = TABLES[name]()
         except KeyboardInterrupt:
             print(f"tables.py: interrupted in {name}; earlier tables are kept", file=sys.stderr)
             return 130
-        results.record(name, table, made)
+        results.record(name, table, made, studies[name])
     return 0
 
 

@@ -164,7 +164,7 @@ def test_tables_are_written(page, tmp_path, monkeypatch):
     text = "<!-- results: speed -->old<!-- end --><!-- results: memory -->old<!-- end -->"
     (tmp_path / "page.md").write_text(text)
     made = {"commit": "abc", "cpu": "X"}
-    results.record("memory", "| b |\n", made)
+    results.record("memory", "| b |\n", made, results.study_fingerprint("memory"))
     left = {"origin": made, "study": "another", "table": "| c |\n"}
     kept = json.loads(results.TABLES.read_text())
     results.TABLES.write_text(json.dumps(kept | {"control": left}))
@@ -186,7 +186,8 @@ def test_tables_are_written(page, tmp_path, monkeypatch):
 def test_tables_of_other_code_are_not_shown(page, monkeypatch, changed):
     """Neither of another method, nor of other presets, nor of another study."""
     monkeypatch.setattr(results, "PAGES", [])
-    results.record("blackbox", "| a |\n", {"commit": "abc", "cpu": "X"})
+    made = {"commit": "abc", "cpu": "X"}
+    results.record("blackbox", "| a |\n", made, results.study_fingerprint("blackbox"))
     assert "| a |" in results.show("blackbox", {})
     if changed == "method":
         monkeypatch.setattr(results, "TODAY", "another")
@@ -195,6 +196,20 @@ def test_tables_of_other_code_are_not_shown(page, monkeypatch, changed):
     else:
         monkeypatch.setitem(results.STUDIES, "blackbox", ["control.py"])
     assert results.show("blackbox", {}) == results.NOT_MEASURED
+
+
+def test_a_study_that_is_edited_while_it_runs_is_not_shown(page, tmp_path, monkeypatch):
+    """What counts is the code that ran, not the file as it is when the study ends."""
+    (tmp_path / "page.md").write_text("<!-- results: blackbox -->old<!-- end -->")
+
+    def edited():
+        monkeypatch.setitem(results.STUDIES, "blackbox", ["control.py"])
+        return "| a |\n"
+
+    monkeypatch.setitem(tables.TABLES, "blackbox", edited)
+    monkeypatch.chdir(tmp_path)
+    assert tables.main(["blackbox"]) == 0
+    assert results.NOT_MEASURED in (tmp_path / "page.md").read_text()
 
 
 def test_studies_have_tables():
