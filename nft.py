@@ -520,7 +520,7 @@ class Model:
         return {"x_0": x_0, "images": images.float().clamp(0, 1), "condition": condition}
 
     def probe(self):
-        """Sample once, and set self.times (S,), those of evaluation in the denoiser's unit;
+        """Sample, and set self.times (S,), those of evaluation in the denoiser's unit;
         self.time_scale, this unit over the solver's; self.shared. Raises UserError."""
         from diffusers.utils import logging
 
@@ -530,7 +530,9 @@ class Model:
         logging.set_verbosity_warning()
         with blame(f"{flags}: must fit each other, and text to image", "change one of them"):
             _, *shape = self.sample([""], [("probe",)], policy=None)["images"].shape
-        logging.set_verbosity_error()
+            logging.set_verbosity_error()
+            empty = self.calls[0].arguments
+            self.sample([9 * "word "], [("probe",)], policy=None)
         size = self.config.resolution
         if shape != [3, size or shape[1], size or shape[2]]:
             self.refuse(f"must paint red, green, blue of --resolution {size}, not {shape}")
@@ -538,6 +540,7 @@ class Model:
         self.times = times.unique()
         self.time_scale = times[0].item() / (self.steps[0].t or 1)
         self.find_shared()
+        self.check_lengths(empty)
         with blame(f"{flags}: times must be those of the model's training", "change one"):
             # A pipeline may call its denoiser several times a step.
             levels = self.noise_level(times[:: len(times) // len(self.steps)])
@@ -553,6 +556,13 @@ class Model:
                 self.refuse(f"its denoiser's {name} must have a row an image throughout")
             if not all(rows):
                 self.shared[name] = map_tensors(torch.clone, value)
+
+    def check_lengths(self, empty):
+        """Refuse a denoiser whose arguments, `empty` those of an empty prompt, differ in form."""
+        given = self.calls[0].arguments
+        # Some pipelines pad to the longest prompt of a batch: their batches cannot be joined.
+        if map_tensors(lambda x: x.shape, empty) != map_tensors(lambda x: x.shape, given):
+            self.refuse("must give its denoiser as much of a short prompt as of a long one")
 
     def check_solver(self, levels):
         """Refuse a solver of other calls, signs or noise levels than (alpha_t, sigma_t) (2, S)."""

@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import common
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -264,6 +265,20 @@ def test_uneven_calls_of_the_denoiser_are_refused():
     model = common.new_model("sd15")
     with pytest.raises(nft.UserError, match="equally often"):
         model.check_solver(torch.zeros(2, len(model.steps) + 1))
+
+
+def test_a_pipeline_that_pads_to_the_longest_prompt_is_refused(monkeypatch):
+    """As QwenImage does: the images of two batches could not be joined."""
+    encode = diffusers.StableDiffusionPipeline.encode_prompt
+
+    def trimmed(self, prompt, *args, **kwargs):
+        embeds, others = encode(self, prompt, *args, **kwargs)
+        longest = max(len(text.split()) for text in prompt)
+        return embeds[:, : longest + 2], others
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "encode_prompt", trimmed)
+    with pytest.raises(nft.UserError, match="as much of a short prompt as of a long one"):
+        common.new_model("sd15")
 
 
 def test_watched_rewards_are_told(tmp_path, capsys):
