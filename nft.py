@@ -15,7 +15,7 @@ where the code differs from it; README.md lists these places.
     t         t              in the denoiser's own unit: to 999 for SD, 1000 for SD3, 1 for FLUX
     c         prompt, condition  the prompt, and what the denoiser is given of it
     v_theta   out_theta      the trained denoiser's output (of any prediction); x0_theta as sample
-    v_old     out_old        the sampling policy, which follows theta slowly; x0_old as sample
+    v_old     out_old        the sampling policy, which follows theta by eta; x0_old as sample
     v_ref     out_ref        the model before training: its adapter is off
     v_theta+- x0_positive/negative  the implicit policies of Eq. (5), as samples
     r_raw, r  raw, r         the reward, and the optimality in [0, 1] that it is normalised to
@@ -225,9 +225,11 @@ def nft_loss(x0_theta, x0_old, x_0, r, beta, distance=adaptive_loss):
 
     x0_theta, x0_old: (B, ...), predicted from the same (x_t, t) by the trained and the old policy;
     no gradient flows into the latter. x_0: (B, ...), the sampled images. r: (B,), in [0, 1].
+    beta: a number, the same for all samples.
 
     Eq. (4): Delta = alpha(x_t) (v+ - v_old) = [1 - alpha(x_t)] (v_old - v-) leads to better images,
-    with v+ and v- the velocities of the positive and of the negative ones. Eq. (3) aims at
+    with v+ and v- the velocities of the positive and of the negative ones, and alpha(x_t), not
+    alpha_t, the expected r of the images that x_t may come from. Eq. (3) aims at
     v_old + Delta / beta. With squared distances the optimum of this loss lies twice as far, at
     v_old + (2 / beta) Delta: Eq. (6).
     """
@@ -1060,9 +1062,10 @@ def evaluate(run, rewards, prompts, iteration):
 
 
 def pair_losses(model, D, index, t, eps, loss=nft_loss):
-    """Lines 9 to 12 for the b images D[index] at times t (b,) with noise eps, three tensors (b,):
-    Eq. (5)'s loss; and as means over elements ||out_theta - out_ref||^2, the KL term, and
-    ||out_theta - out_old||^2, which is only logged."""
+    """Lines 9 to 12 for the b images D[index] at times t (b,), on the CPU, with noise eps: three
+    tensors (b,), Eq. (5)'s loss; and as means over elements ||out_theta - out_ref||^2, the KL term,
+    and ||out_theta - out_old||^2, which is only logged. `loss` may be any function like nft_loss;
+    what depends on t calls model.noise_level(t, eps.ndim) for alpha_t and sigma_t."""
     config = model.config
     x_0 = D["x_0"][index]
     condition = map_tensors(lambda x: x[index], D["condition"])
@@ -1182,6 +1185,15 @@ def tell(run, bar):
         say("five iterations in a row had equal rewards for each prompt, and taught nothing")
 
 
+def how_to_resume(run, parts):
+    """The command that goes on with a run; a call where the command line would lose something."""
+    own = [parameter.default for parameter in inspect.signature(train).parameters.values()]
+    rewards = (run.config.reward, run.config.watch)
+    if parts == own[1:] and all(isinstance(reward, str) for reward in rewards):
+        return f"python nft.py --out {run.dir} --resume"
+    return f"nft.configure(out={str(run.dir)!r}, resume=True), and the same rewards and parts"
+
+
 @contextlib.contextmanager
 def sys_path_restored():
     """Take off sys.path what `load_module` puts on it."""
@@ -1268,7 +1280,8 @@ def train(
             run.rows[-1] |= evaluate(run, watched, held_out, config.iterations)
             save(run)
     except (Exception, KeyboardInterrupt) as error:
-        mend = f"{saved} is saved, go on with: python nft.py --out {run.dir} --resume"
+        parts = [make_model, collect, weigh, losses, evaluate]
+        mend = f"{saved} is saved, go on with: {how_to_resume(run, parts)}"
         number = min(len(run.rows), config.iterations)
         failure = UserError(f"{reason(error)} in iteration {number}; {mend}")
         failure.status = 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -723,7 +723,7 @@ def test_a_failure_names_its_iteration_and_loses_nothing(tmp_path, how):
     line = str(failure.value)
     assert failure.value.status == 1
     assert "\n" not in line
-    for words in ("reward reward:", "in iteration 2", "iteration 1 is saved", "--resume"):
+    for words in ("reward reward:", "in iteration 2", "iteration 1 is saved", "resume=True"):
         assert words in line
     assert checkpoint(tmp_path / "run")["rows"][-1]["iteration"] == 1
 

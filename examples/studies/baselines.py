@@ -537,12 +537,11 @@ def parts(method, clip_range=1e-4, noise_level=0.7, temperature=None):
     row = METHODS[method]
     if temperature is None:
         temperature = row.temperature
-    if method == "rwr":
-        weigh = functools.partial(row.weigh, temperature=temperature)
-        row = dataclasses.replace(row, weigh=weigh)
-    if method == "rtb":
-        spread = functools.partial(row.spread, temperature=temperature)
-        row = dataclasses.replace(row, spread=spread)
+    if row.temperature is not None:
+        # Of what shares out the weights, where something does.
+        name = "spread" if row.spread else "weigh"
+        warm = functools.partial(getattr(row, name), temperature=temperature)
+        row = dataclasses.replace(row, **{name: warm})
     losses = denoising_losses
     if row.loss:
         losses = functools.partial(step_losses, method=row, clip_range=clip_range)
@@ -586,7 +585,18 @@ def parse(argv):
     parser.add_argument("--temperature", type=positive, help=temperature)
     known, rest = parser.parse_known_args(argv)
     own = vars(known)
-    return own.pop("method"), own, rest
+    method = own.pop("method")
+    row = METHODS[method]
+    taken = {
+        "clip_range": row.loss in (clipped_loss, one_sided_loss),
+        "noise_level": row.loss is not None,
+        "temperature": row.temperature is not None,
+    }
+    for name in own:
+        if not taken[name]:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag}: must be of another method, {method} has none; leave it out")
+    return method, own, rest
 
 
 def main(argv=None, **more):

@@ -2,7 +2,8 @@
 
 `FIGURES` names the rows of each figure. `TUNED` holds the settings that the rows of the figure
 "sweep" were run to choose. What no setting can say, a row's `change` does: it returns parts of
-nft.train.
+nft.train. A new figure needs a place in FIGURES and in TITLES; a new method one in
+baselines.METHODS, in TUNED and LABELS, and in report.py's COLOURS and MARKERS.
 SPDX-License-Identifier: MIT
 """
 
@@ -626,6 +627,7 @@ FIGURES = {
         third("kl-0", 12, batch_size=64, kl=0.0),
         preset("tiny"),
         preset("tiny-sd3", "third-5-steps", steps=5, eval_steps=10),
+        preset("tiny-sd3", "third-8-updates", updates=8, train_times=3),
         preset("tiny-sd3"),
     ],
     "tiny": [

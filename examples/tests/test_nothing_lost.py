@@ -12,6 +12,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -119,6 +120,25 @@ def test_kill_before_the_first_checkpoint(tmp_path, monkeypatch, n):
     else:
         # Nothing is there: the run begins once more.
         assert nft.main(words) == 0
+
+
+def test_parts_are_not_forgotten(tmp_path):
+    """A run of other parts is gone on with by a call that takes them, not by the command line."""
+    broken = [True]
+
+    def losses(*args):
+        if broken:
+            raise KeyError("lost")
+        return [0 * term for term in nft.pair_losses(*args)]
+
+    config = nft.configure(**common.settings("sd15", out=tmp_path / "run", iterations=1))
+    with pytest.raises(nft.UserError) as failure:
+        nft.train(config, losses=losses)
+    told = re.search(r"go on with: (nft\.configure\(.*\)), and the same", str(failure.value))
+    broken.clear()
+    nft.train(eval(told[1]), losses=losses)
+    # The loss of the part is 0, so that theta has not moved.
+    assert not any(B.any() for B in common.checkpoint(tmp_path / "run")["lora"]["theta"][1::2])
 
 
 @pytest.mark.parametrize("n", range(8))
