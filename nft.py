@@ -72,7 +72,8 @@ def reason(error):
     if len(text) > 400:
         # Libraries are plain at the start or at the end, seldom in between.
         text = f"{text[:150]} ... {text[-250:]}"
-    text = f"{type(error).__name__}: {text}"
+    kind = type(error).__name__
+    text = f"{kind}: {text}" if text else kind
     # This file, and Python's own.
     others = (reason.__code__.co_filename, os.path.dirname(os.__file__), "<")
     # site-packages, or dist-packages.
@@ -346,7 +347,9 @@ def locate(path):
     if os.path.exists(path) or not path.startswith("examples/"):
         return path
     if not beside.exists():
-        mend = "clone the repository, or give --model and --reward of your own"
+        mend = "check the name"
+        if not beside.parent.exists():
+            mend = "clone the repository, or give --model and --reward of your own"
         raise UserError(f"{path}: must lie beside nft.py; {mend}")
     return str(beside)
 
@@ -368,7 +371,9 @@ def load_pipeline(config, dtype):
     path = locate(MODELS.get(config.model, config.model))
     known = ", ".join(PRESETS)
     rule = f"--model {config.model}: must be {known}, a directory, or a hub id in reach"
-    mend = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR) converts a file"
+    mend = "check the name, and for a hub id the network"
+    if os.path.isfile(path):
+        mend = "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR) converts it"
     with blame(rule, mend):
         index = diffusers.DiffusionPipeline.load_config(path)
         # Components that were saved as missing, such as SD3's T5, must be named.
@@ -694,14 +699,15 @@ def load_rewards(spec, flag, modules=None):
             raise UserError(f"{flag} {part}: must name a function; write {label}:FUNCTION")
         source = label if ":" in label else f"examples/rewards/{label}.py:reward"
         path, _, name = source.rpartition(":")
-        rule = f"{flag} {part}: must be a reward that loads, and a finite number after ="
-        with blame(rule, "take aesthetic, jpeg, FILE.py:FUNCTION or package.module:FUNCTION"):
+        with blame(f"{flag} {part}: must have a finite number after =", "give one, or neither"):
+            if not math.isfinite(float(weight or 1)):
+                raise ValueError(f"{weight} is not finite")
+        rule = f"{flag} {part}: must be a reward that loads"
+        with blame(rule, "mend it, or take another NAME, FILE.py:FUNCTION or package:FUNCTION"):
             function = BUILT_IN.get(label) or getattr(load_module(path, modules), name)
             # A factory: it loads a model, and returns the reward.
             if not inspect.signature(function).parameters:
                 function = function()
-            if not math.isfinite(float(weight or 1)):
-                raise ValueError(f"{weight} is not finite")
         stem = Path(path).name.removesuffix(".py")
         # FILE:FUNCTION by its short name, unless two files share it.
         if ":" in label and [file.stem for file in modules].count(stem) < 2:
@@ -741,24 +747,30 @@ PLACES = ["in a forest", "on a beach", "in the snow", "in a meadow", "at sunset"
 def load_prompts(path, flag):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
     rule = f"{flag} {path}: must be a .txt of a prompt a line, or a .jsonl of an object a line"
-    mend = 'convert it to {"prompt": "...", other keys} a line, in UTF-8'
     file = Path(locate(path))
-    with blame(rule, mend):
+    with blame(rule, "give such a file, in UTF-8"):
         # A link may have no suffix, and its file one.
         kind = (file.suffix or file.resolve().suffix).lower()
         text = file.read_text("utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]
-        if kind == ".jsonl":
-            rows = [json.loads(line) for line in lines]
-        elif kind == ".txt" and not text.lstrip().startswith(('{"', "[{", '["')):
-            rows = [{"prompt": line} for line in lines]
-        else:
+        like_json = text.lstrip().startswith(('{"', "[{", '["'))
+        if kind not in (".txt", ".jsonl") or (kind == ".txt" and like_json):
             raise ValueError("it is neither")
-        prompts = [(row.pop("prompt").strip(), row) for row in rows]
-        # Lone surrogates of JSON are no text.
-        "".join(prompt for prompt, _ in prompts).encode()
-    if not prompts or not all(prompt for prompt, _ in prompts):
-        raise UserError(f"{rule}, and none empty; correct it")
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = {"prompt": line}
+        with blame(f"{rule}; line {number}", 'write {"prompt": "...", other keys}'):
+            if kind == ".jsonl":
+                row = json.loads(line)
+            prompt = row.pop("prompt").strip()
+            # Lone surrogates of JSON are no text.
+            prompt.encode()
+            if not prompt:
+                raise ValueError("it is empty")
+        prompts.append((prompt, row))
+    if not prompts:
+        raise UserError(f"{rule}, and not empty; give some")
     return prompts
 
 
@@ -1283,7 +1295,7 @@ def train(
         parts = [make_model, collect, weigh, losses, evaluate]
         mend = f"{saved} is saved, go on with: {how_to_resume(run, parts)}"
         number = min(len(run.rows), config.iterations)
-        failure = UserError(f"{reason(error)} in iteration {number}; {mend}")
+        failure = UserError(f"iteration {number}: {reason(error)}; {mend}")
         failure.status = 130 if isinstance(error, KeyboardInterrupt) else 1
         raise failure from error
     change = f"{run.rows[0]['eval_reward']:.3f} -> {run.rows[-1]['eval_reward']:.3f}"
@@ -1329,8 +1341,15 @@ def configure(**given):
     given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
     defaults = dict(PRESETS.get(given.get("model", Config.model), {}))
     if given.get("resume"):
-        with blame(f"--resume: --out {given.get('out', 'DIR')} must hold a run"):
+        if "out" not in given:
+            raise UserError("--resume: must name the run; add --out DIR")
+        with blame(f"--resume: --out {given['out']} must hold a run"):
             defaults = dict(json.loads((Path(given["out"]) / "config.json").read_text("utf-8")))
+        for name in ("reward", "watch"):
+            # As Python shows a function.
+            if name not in given and " at 0x" in str(defaults.get(name)):
+                rule = f"--resume: the {name} of this run must be given again, as it was no text"
+                raise UserError(f"{rule}; go on by nft.configure(out=..., resume=True, {name}=...)")
         for name, value in given.items():
             # A function may be another object of the same code.
             fixed = name not in MAY_CHANGE and isinstance(value, (str, int, float))

@@ -723,9 +723,13 @@ def test_a_failure_names_its_iteration_and_loses_nothing(tmp_path, how):
     line = str(failure.value)
     assert failure.value.status == 1
     assert "\n" not in line
-    for words in ("reward reward:", "in iteration 2", "iteration 1 is saved", "resume=True"):
+    for words in ("iteration 2: reward reward:", "iteration 1 is saved", "resume=True"):
         assert words in line
     assert checkpoint(tmp_path / "run")["rows"][-1]["iteration"] == 1
+    # The reward was a function, which config.json cannot hold.
+    with pytest.raises(nft.UserError, match="reward of this run must be given again"):
+        nft.configure(out=tmp_path / "run", resume=True)
+    assert nft.configure(out=tmp_path / "run", resume=True, reward=reward).reward is reward
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):

@@ -191,6 +191,9 @@ MISTYPED = {
 # (settings, what the message says).
 SD3 = {"max_sequence_length": 2, "resolution": None}
 OTHERS = [
+    ({"prompts": "torn.jsonl"}, ["--prompts torn.jsonl", "; line 2 ("]),
+    ({"prompts": "empty_prompt.jsonl"}, ["--prompts empty_prompt.jsonl", "; line 2 ("]),
+    ({"reward": "asthetic"}, ["--reward asthetic", "check the name"]),
     ({"reward": "syntax.py:reward"}, ["--reward syntax.py:reward", "SyntaxError"]),
     ({"reward": "imports.py:reward"}, ["--reward imports.py:reward", "no_such_package"]),
     ({"reward": "exits.py:reward"}, ["--reward exits.py:reward", "SystemExit"]),
