@@ -628,6 +628,7 @@ FIGURES = {
         preset("tiny"),
         preset("tiny-sd3", "third-5-steps", steps=5, eval_steps=10),
         preset("tiny-sd3", "third-8-updates", updates=8, train_times=3),
+        preset("tiny-sd3", "third-8-groups", groups=8),
         preset("tiny-sd3"),
     ],
     "tiny": [
