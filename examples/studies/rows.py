@@ -420,6 +420,7 @@ LONG = [
     ("flowgrpo", {"lr": 7.5e-4, "clip_range": 1e-3, "kl": 0.04}),
     ("ddpo", {"lr": 3e-3, "clip_range": 1e-2}),
     ("ddpo", {"lr": 1.5e-3, "clip_range": 1e-2}),
+    ("loop", {"lr": 3e-3, "clip_range": 1e-2}),
     ("loop", {"lr": 1.5e-3, "clip_range": 1e-3}),
     ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
     ("dpok", {"lr": 1.5e-3, "clip_range": 3e-4}),
