@@ -752,9 +752,9 @@ def load_prompts(path, flag):
         # A link may have no suffix, and its file one.
         kind = (file.suffix or file.resolve().suffix).lower()
         text = file.read_text("utf-8-sig")
-        like_json = text.lstrip().startswith(('{"', "[{", '["'))
-        if kind not in (".txt", ".jsonl") or (kind == ".txt" and like_json):
-            raise ValueError("it is neither")
+    like_json = text.lstrip().startswith(('{"', "[{", '["'))
+    if kind not in (".txt", ".jsonl") or (kind == ".txt" and like_json):
+        raise UserError(f'{rule}; convert it to {{"prompt": "...", other keys}} a line')
     prompts = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

@@ -131,7 +131,7 @@ def test_four_processes_do_the_work_of_one(folder, alone):
 def test_one_that_fails_ends_all(folder, failed):
     """Where one process fails, all end within a minute; what it said is shown."""
     assert_ended_soon(folder, failed)
-    message = "process 1: reward rewards:fails: .*nan.*iteration 2 is saved"
+    message = "process 1: iteration 3: reward rewards:fails: .*nan.*iteration 2 is saved"
     assert re.search(message, failed.stderr), failed.stderr
 
 
