@@ -1203,7 +1203,8 @@ def how_to_resume(run, parts):
     rewards = (run.config.reward, run.config.watch)
     if parts == own[1:] and all(isinstance(reward, str) for reward in rewards):
         return f"python nft.py --out {run.dir} --resume"
-    return f"nft.configure(out={str(run.dir)!r}, resume=True), and the same rewards and parts"
+    call = f"nft.configure(out={str(run.dir)!r}, resume=True)"
+    return f"nft.train of {call} with the same rewards and parts"
 
 
 @contextlib.contextmanager
@@ -1349,7 +1350,7 @@ def configure(**given):
             # As Python shows a function.
             if name not in given and " at 0x" in str(defaults.get(name)):
                 rule = f"--resume: the {name} of this run must be given again, as it was no text"
-                raise UserError(f"{rule}; go on by nft.configure(out=..., resume=True, {name}=...)")
+                raise UserError(f"{rule}; give {name}=... to nft.configure, too")
         for name, value in given.items():
             # A function may be another object of the same code.
             fixed = name not in MAY_CHANGE and isinstance(value, (str, int, float))

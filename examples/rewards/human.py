@@ -541,7 +541,7 @@ def main(argv=None, **more):
         status = nft.main(["--reward=human:ask", *argv], **(PARTS | more))
         TRIAL.clear()
         if status not in (0, 2) and PERSON.file is not None:
-            # nft.py says how to go on without a person.
+            # nft.py names a call in Python; this is the command.
             command = f"python examples/rewards/human.py --out {PERSON.file.parent} --resume"
             print(f"human.py: answers are kept, go on with: {command}", file=sys.stderr)
     return status

@@ -614,7 +614,7 @@ def main(argv=None, **more):
         defaults.append(f"--{flag}={value}")
     status = nft.main([*defaults, *rest], **parts(method, **own), **more)
     if status not in (0, 2):
-        # nft.py says how to go on with its own method.
+        # nft.py's advice is for parts that can go on.
         print(f"baselines.py: a run of {method} cannot go on; begin anew", file=sys.stderr)
     return status
 

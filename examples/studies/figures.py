@@ -164,7 +164,7 @@ def run(row, folder, seed):
     except nft.UserError as error:
         if error.status == 2:
             raise
-        # Training has begun. Leave out the advice to resume, which would forget the parts.
+        # Training has begun. Leave out the advice to resume: the row begins anew.
         raise RuntimeError(nft.reason(error.__cause__)) from error
     (folder / "origin.json").write_text(json.dumps(origin))
 

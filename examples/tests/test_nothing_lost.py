@@ -134,7 +134,7 @@ def test_parts_are_not_forgotten(tmp_path):
     config = nft.configure(**common.settings("sd15", out=tmp_path / "run", iterations=1))
     with pytest.raises(nft.UserError) as failure:
         nft.train(config, losses=losses)
-    told = re.search(r"go on with: (nft\.configure\(.*\)), and the same", str(failure.value))
+    told = re.search(r"nft\.train of (nft\.configure\(.*\)) with the same", str(failure.value))
     broken.clear()
     nft.train(eval(told[1]), losses=losses)
     # The loss of the part is 0, so that theta has not moved.
