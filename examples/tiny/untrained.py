@@ -175,7 +175,7 @@ def build(root):
         if name == "sd15":
             add_safety_checker(pipe, clip.config)
         pipe.save_pretrained(real / name)
-        cache(hub, nft.MODELS[name], real / name)
+        cache(hub, nft.PRESETS[name]["model"], real / name)
 
     pick, _ = make_clip()
     clip.save_pretrained(real / "clip")
