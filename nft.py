@@ -2,8 +2,7 @@
 
 Sample images with any solver, score them, and fine-tune with a supervised loss that contrasts an
 implicit positive and an implicit negative policy: no likelihoods, no trajectories, no guidance.
-Numbers of equations, sections and lines are those of the paper, arXiv 2509.16117. "Departs" marks
-where the code differs from it; README.md lists these places.
+Equations, sections and lines are the paper's, arXiv 2509.16117; "Departs" marks what differs.
 
     python nft.py                                       # a tiny pipeline, on a CPU, in minutes
     python nft.py --model sd15 --reward aesthetic       # Stable Diffusion 1.5, LAION aesthetics
@@ -50,7 +49,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 # Under torchrun each process samples, scores and trains its share of the images.
@@ -122,6 +121,25 @@ class Config:
     seed: int = flag(0, "fixes prompts, noise and the adapter's start")
     eval_every: int = flag(10, "iterations between evaluations, from iteration 0 on", low=1)
     save_every: int = flag(1, "iterations between saves: what a failure can lose", low=1)
+
+    def __post_init__(self):
+        """Raise UserError for a value that is none of its flag's."""
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            start = f"--{field.name.replace('_', '-')} {value}: must be"
+            if "low" in limits and not limits["low"] <= value < math.inf:
+                raise UserError(f"{start} {limits['low']} or more; try {field.default}")
+            if value not in limits.get("choices", [value]):
+                raise UserError(f"{start} one of {', '.join(limits['choices'])}")
+        images = self.groups * self.group_size
+        if max(self.updates, WORLD) > images:
+            raise UserError(
+                f"--updates {self.updates}: must be at most {images}, as processes must"
+            )
+        try:
+            soft_update_decay(1, self.eta)
+        except ValueError as error:
+            raise UserError(f"--eta {self.eta}: {error}; try {Config.eta}") from error
 
 
 # What a model's name stands for: settings in place of the defaults. A flag always wins.
@@ -526,16 +544,15 @@ class Model:
         """Set times (S,), those of evaluation in the denoiser's unit; time_scale, this unit over
         the solver's; shared, the denoiser's arguments without a row an image. Raises UserError
         where training would not fit sampling."""
-        keys = [("check", 0), ("check", 1)]
+        prompts = ["", "two", "three"]
         try:
             # theta still is the base, and shows which layers its adapter reaches.
-            self.sample([""], keys[:1], "theta")
+            x_0 = self.sample(prompts, [("check", i) for i in range(3)], "theta")["x_0"]
         except (ValueError, TypeError) as error:
             self.refuse(f"must fit the flags on sampling ({error})")
-        single = map_tensors(lambda x: x.shape, self.calls[0][2])
-        x_0 = self.sample(["", "two"], keys, "theta")["x_0"]
         for name, value in self.calls[0][2].items():
-            if map_tensors(lambda x: x.shape, value) == single[name]:
+            rows = [x.shape[:1] for x in tree_leaves(value) if torch.is_tensor(x)]
+            if x_0.shape[:1] not in rows:
                 self.shared[name] = map_tensors(torch.clone, value)
         idle = [name for i, name in enumerate(self.lora.layers) if i not in self.lora.called]
         if idle:
@@ -659,8 +676,10 @@ def load_rewards(spec):
             name, _, weight = part.strip().partition("=")
             try:
                 weight = float(weight or 1)
-            except ValueError as error:
-                raise UserError(f"--reward {part}: {error}; write NAME=WEIGHT") from error
+            except ValueError:
+                weight = math.nan
+            if not math.isfinite(weight):
+                raise UserError(f"--reward {part}: must be NAME=WEIGHT, a finite number")
             rewards[name] = (weight, load_reward(name))
     if not any(weight for weight, _ in rewards.values()):
         raise UserError("--reward: must have one whose weight is not 0; try jpeg")
@@ -702,16 +721,18 @@ def load_prompts(path, flag):
         raise UserError(f"{rule} ({error})") from error
     prompts = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         row = {"prompt": line}
-        if file.suffix == ".jsonl" and line.strip():
+        if file.suffix == ".jsonl":
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{rule} (line {number}: {error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        prompt = row.pop("prompt", None) if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{rule} (line {number} has no prompt)")
-        prompts.append((row.pop("prompt").strip(), row))
-    prompts = [pair for pair in prompts if pair[0]]
+        prompts.append((prompt.strip(), row))
     if not prompts or file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{rule}, and not empty")
     return prompts
@@ -887,9 +908,9 @@ def evaluate(run, rewards, prompts, iteration):
     when = "after" if iteration else "before"
     captions = [f"{when} ({x:.3g}): {c}" for x, (c, _) in zip(raw, prompts, strict=True)]
     grid = picture_grid(images, captions[:SHOWN])
-    before = run.dir / "samples/000000.png"
     if RANK == 0:
         grid.save(run.dir / f"samples/{iteration:06d}.png")
+        before = run.dir / "samples/000000.png"
         # A run that was moved may have lost it.
         if iteration and before.exists():
             both = make_image_grid([Image.open(before), grid], rows=2, cols=1)
@@ -1042,11 +1063,9 @@ def train(
             model.lora.average("old", row["eta"])
             D.clear()
 
-            # Log, evaluate, save.
-            row["iteration"] = iteration
-            row["images"] = run.rows[-1]["images"] + N
+            # Log, evaluate, save. Where r does not spread, the iteration taught nothing.
+            row |= {"iteration": iteration, "images": run.rows[-1]["images"] + N}
             row["r_std"] = r.std(correction=0).item()
-            # Where r does not spread, the iteration taught nothing.
             spread = f"r 0.5 +- {row['r_std']:.3f}"
             say(f"iteration {iteration:4d}   reward {row['reward']:.3f}, {spread}")
             last = iteration == config.iterations
@@ -1088,33 +1107,14 @@ def configure(**given):
         # Prompts of your own bring their own held-out ones.
         defaults.pop("eval_prompts", None)
     config = Config(**(defaults | given))
-    check_values(config)
     # The process's number keeps two runs apart that start at once.
     out = f"runs/{Path(name).name}-{time.strftime('%m%d-%H%M%S')}-{os.getpid()}"
     config.out = config.out or gather(out)[0]
     return config
 
 
-def check_values(config):
-    """Raise UserError for a value that is none of its flag's."""
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        start = f"--{field.name.replace('_', '-')} {value}: must be"
-        if "low" in field.metadata and not field.metadata["low"] <= value < math.inf:
-            raise UserError(f"{start} {field.metadata['low']} or more; try {field.default}")
-        if value not in field.metadata.get("choices", [value]):
-            raise UserError(f"{start} one of {', '.join(field.metadata['choices'])}")
-    images = config.groups * config.group_size
-    if max(config.updates, WORLD) > images:
-        raise UserError(f"--updates {config.updates}: must be at most {images}, as processes must")
-    try:
-        soft_update_decay(1, config.eta)
-    except ValueError as error:
-        raise UserError(f"--eta {config.eta}: {error}; try {Config.eta}") from error
-
-
-def parse(argv=None):
-    """Command line -> Config. Raises UserError; argparse ends the program at what is no flag."""
+def parse(argv=None, **settings):
+    """Command line, and settings that win -> Config. Raises UserError, or argparse's SystemExit."""
     text = f"{__doc__.splitlines()[0]} In brackets the defaults, which PRESETS changes for a model."
     usage = "python nft.py [--FLAG VALUE ...]"
     parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
@@ -1124,18 +1124,18 @@ def parse(argv=None):
         help = f"{field.metadata['help']} ({field.default!r})"
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **kind)
-    return configure(**vars(parser.parse_args(argv)))
+    return configure(**(vars(parser.parse_args(argv)) | settings))
 
 
-def main(argv=None, **parts):
-    """Run the command line, with parts for `train`; returns the exit status, 0 if all went well."""
+def main(argv=None, settings=None, **parts):
+    """Run the command line, with settings that win and parts for `train`; the exit status."""
     if WORLD > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Scores are gathered on the CPU, gradients on the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        config = parse(argv)
+        config = parse(argv, **(settings or {}))
         train(config, **parts)
     except UserError as error:
         print("nft.py:", *str(error).split(), file=sys.stderr)

@@ -4,8 +4,9 @@
     python nft.py --reward examples/tiny/shapes.py:reward=1,custom=0.5
 
 nft.py calls it for a batch of images, and adds up what several rewards give, by their weights. It
-runs without gradient, so any measure will do: numpy, PIL, a model of yours, a person. Load models
-once, at the first call. Where something is wrong, raise an exception: the run stops and shows it.
+runs without gradient, so any measure will do: numpy, PIL, a model of yours, a person. A function
+without arguments may load a model and return such a function, as in ocr.py beside this file. Where
+something is wrong, raise an exception: the run stops and shows it.
 SPDX-License-Identifier: MIT
 """
 

@@ -5,31 +5,22 @@
 
 Wu et al., "Human Preference Score v2", arXiv 2306.09341: a CLIP ViT-H/14 fine-tuned on 800k
 choices. The weights are open_clip's, 3.9 GB in fp32 (xswu/HPSv2, HPS_v2.1_compressed.pt). Here they
-go into transformers' CLIPModel, so that neither open_clip nor the hpsv2 package is needed. Pictures
-are prepared as hpsv2 1.2.0 does: the longer side becomes 224 pixels, bicubic and antialiased
-(torchvision's default since 0.17), with black bars beside the shorter one. Two things differ: the
-package runs in half precision on a GPU, and it repairs text by ftfy and html.unescape first, so
-that it reads a curly quote as a straight one. Otherwise, on equal random weights, the scores are
-those of its own code, to 1e-5.
+go into transformers' CLIPModel, so that neither open_clip nor the hpsv2 package is needed. Two
+things differ: the package runs in half precision on a GPU, and it repairs text by ftfy and
+html.unescape first, so that it reads a curly quote as a straight one.
 SPDX-License-Identifier: MIT
 """
 
-import math
 import re
 
 import torch
 import torch.nn.functional as F
-from clip import load, make_tokenizer, tells_cuts
+from nft_clip import Clip
 
 REPOSITORY = "xswu/HPSv2"
 FILE = "HPS_v2.1_compressed.pt"
-# Open_clip's byte-pair encoding, in transformers' form.
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-# Width of an attention head in ViT-H/14.
-HEADS = {"vision_model": 80, "text_model": 64}
-# Of CLIP's pixels.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# The sizes of the network, and open_clip's tokenizer, in transformers' form.
+LAION = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 # Open_clip's names -> transformers', one after the other.
 RENAME = {
     r"^visual\.proj$": "visual_projection.weight",
@@ -50,19 +41,12 @@ RENAME = {
 }
 
 
-# ---- The weights ---------------------------------------------------------------------------------
-def rename(name):
-    """Open_clip's name of a weight -> transformers'."""
-    for old, new in RENAME.items():
-        name = re.sub(old, new, name)
-    return name
-
-
 def translate(weights):
     """The state dict of open_clip's CLIP -> that of transformers' CLIPModel."""
     translated = {}
-    for old, x in weights.items():
-        name = rename(old)
+    for name, x in weights.items():
+        for old, new in RENAME.items():
+            name = re.sub(old, new, name)
         if ".in_proj_" in name:
             # Queries, keys and values are one matrix in open_clip.
             for part, rows in zip("qkv", x.chunk(3), strict=True):
@@ -75,96 +59,39 @@ def translate(weights):
     return translated
 
 
-def encoder_settings(weights, encoder):
-    """The sizes of one of the two encoders, read off a translated state dict."""
-    layers = f"{encoder}.encoder.layers."
-    numbers = {name.split(".")[3] for name in weights if name.startswith(layers)}
-    width = len(weights[layers + "0.mlp.fc2.bias"])
-    return {
-        "hidden_size": width,
-        "num_attention_heads": width // HEADS[encoder],
-        "hidden_act": "gelu",
-        "intermediate_size": len(weights[layers + "0.mlp.fc1.bias"]),
-        "num_hidden_layers": len(numbers),
-    }
+class HPSv2(Clip):
+    """The cosine of image and prompt by the released weights."""
+
+    def load(self, repository, source):
+        """The CLIPModel of HPSv2.1, in fp32."""
+        from transformers import CLIPConfig, CLIPModel
+        from transformers.utils import cached_file
+
+        file = cached_file(repository, FILE)
+        released = torch.load(file, map_location="cpu", weights_only=True)
+        model = CLIPModel(CLIPConfig.from_pretrained(source))
+        model.load_state_dict(translate(released["state_dict"]))
+        return model.eval()
+
+    def preprocess(self, images):
+        """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised, as hpsv2 1.2.0 does it.
+
+        The longer side is resized, and what is left beside the shorter one is black.
+        """
+        size = self.model.config.vision_config.image_size
+        # As a saved picture.
+        images = (images.float() * 255).round() / 255
+        longer = max(images.shape[2:])
+        h, w = (round(side * size / longer) for side in images.shape[2:])
+        images = F.interpolate(images, (h, w), mode="bicubic", antialias=True)
+        top = (size - h) // 2
+        left = (size - w) // 2
+        images = F.pad(images, (left, size - w - left, top, size - h - top))
+        mean = images.new_tensor(self.processor.image_mean).view(3, 1, 1)
+        std = images.new_tensor(self.processor.image_std).view(3, 1, 1)
+        return (images - mean) / std
 
 
-def configure(weights):
-    """The CLIPConfig that a translated state dict was made with: sizes are read off the weights."""
-    from transformers import CLIPConfig
-
-    words = len(weights["text_model.embeddings.token_embedding.weight"])
-    longest = len(weights["text_model.embeddings.position_embedding.weight"])
-    # A text's embedding is that of its last token.
-    text = {
-        "vocab_size": words,
-        "max_position_embeddings": longest,
-        "bos_token_id": words - 2,
-        "eos_token_id": words - 1,
-    }
-    # The first position is no patch.
-    patches = len(weights["vision_model.embeddings.position_embedding.weight"]) - 1
-    # Pixels, one side.
-    patch = weights["vision_model.embeddings.patch_embedding.weight"].shape[2]
-    vision = {"patch_size": patch, "image_size": math.isqrt(patches) * patch}
-    return CLIPConfig(
-        projection_dim=len(weights["text_projection.weight"]),
-        text_config=encoder_settings(weights, "text_model") | text,
-        vision_config=encoder_settings(weights, "vision_model") | vision,
-    )
-
-
-def make_hpsv2(repository):
-    """The CLIPModel of HPSv2.1, in fp32."""
-    from transformers import CLIPModel
-    from transformers.utils import cached_file
-
-    file = cached_file(repository, FILE)
-    released = torch.load(file, map_location="cpu", weights_only=True)
-    weights = translate(released["state_dict"])
-    model = CLIPModel(configure(weights))
-    model.load_state_dict(weights)
-    return model
-
-
-# ---- The reward ----------------------------------------------------------------------------------
-def preprocess(images, size):
-    """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), normalised.
-
-    The longer side is resized, and what is left beside the shorter one is black.
-    """
-    # As a saved picture.
-    images = (images.float() * 255).round() / 255
-    longer = max(images.shape[2:])
-    h, w = (round(side * size / longer) for side in images.shape[2:])
-    images = F.interpolate(images, (h, w), mode="bicubic", antialias=True)
-    top = (size - h) // 2
-    left = (size - w) // 2
-    images = F.pad(images, (left, size - w - left, top, size - h - top))
-    mean = images.new_tensor(MEAN).view(3, 1, 1)
-    std = images.new_tensor(STD).view(3, 1, 1)
-    return (images - mean) / std
-
-
-@torch.no_grad()
-def reward(images, prompts, metadata):
-    """HPSv2.1, the cosine of image and text, about 0.2 to 0.35.
-
-    images: (B, 3, H, W) in [0, 1]. prompts: B strings, cut at 77 tokens. Returns (B,).
-    """
-    tokenizer = load(make_tokenizer, TOKENIZER)
-    model = load(make_hpsv2, REPOSITORY, images.device)
-    tokens = tokenizer(
-        list(prompts),
-        padding=True,
-        truncation=True,
-        max_length=model.config.text_config.max_position_embeddings,
-        return_tensors="pt",
-    )
-    text = model.get_text_features(**tokens.to(images.device)).pooler_output
-    pixels = preprocess(images, model.config.vision_config.image_size)
-    image = model.get_image_features(pixels).pooler_output
-    return F.cosine_similarity(image, text)
-
-
-reward.check = tells_cuts("hpsv2", TOKENIZER)
+def reward():
+    """Make HPSv2.1: the cosine of image and prompt, about 0.2 to 0.35."""
+    return HPSv2(REPOSITORY, LAION)

@@ -2,20 +2,19 @@
 
     python examples/rewards/human.py --out runs/mine --iterations 5     # r exactly as clicked
     python examples/rewards/human.py --out runs/mine --resume           # asks only what is open
-    python examples/rewards/human.py --model sd15 --prompts my.txt --batch-size 16 --watch aesthetic
+    python examples/rewards/human.py --model sd15 --prompts my.txt --reward aesthetic
     python nft.py --reward human                                        # r normalised, as for any
 
 The run prints the address of a page, http://127.0.0.1:PORT/TOKEN/, and waits there for every batch
-of --batch-size pictures. Click or press g for good (1) and b for bad (0), then Done: what is not
+of pictures. Click or press g for good (1) and b for bad (0), then Done: what is not
 marked counts 1/2. Any --model will do, and no package beyond nft.py's own is needed. If the run is
 on another machine: ssh -L PORT:127.0.0.1:PORT THAT-MACHINE.
 
 This file is a main program of its own because nft.py normalises every reward by the prompt's mean
-(`optimality_reward`). It takes all of nft.py's flags but --reward, and changes three things: r is
-what was clicked; nobody is asked about the trial image; and nobody at evaluation if there is a
---watch, whose unweighted sum is then the held-out reward. Without a --watch it asks you about all
-held-out prompts, before training and at every evaluation. --z plays no part. `nft.py --reward
-human` asks about the trial image and at every evaluation.
+(`optimality_reward`). It takes all of nft.py's flags and changes two things: r is what was clicked;
+and nobody is asked at evaluation if there is a --reward, whose unweighted sum is then the held-out
+reward. Without one it asks you about all held-out prompts, before training and at every evaluation.
+--z plays no part.
 
 Answers are kept in DIR/answers.jsonl of `--out DIR`, a line a click, as soon as it is made; with
 `nft.py --reward human`, which does not tell a reward its directory, in runs/answers.jsonl for all
@@ -30,6 +29,7 @@ learned that could be fooled.
 SPDX-License-Identifier: MIT
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -374,7 +374,7 @@ class Server(ThreadingHTTPServer):
         error = sys.exception()
         # Browsers hang up as they like.
         if not isinstance(error, (ConnectionError, TimeoutError)):
-            nft.say(f"human.py: the page failed: {nft.reason(error)}")
+            nft.say(f"human.py: the page failed: {error!r}")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -471,8 +471,6 @@ class Handler(BaseHTTPRequestHandler):
 # ---- The reward ----------------------------------------------------------------------------------
 # Who is asked in this process.
 PERSON = Person()
-# Whether the run has not begun, and only tries its rewards on an image.
-TRIAL = threading.Event()
 
 
 def ask(images, prompts, metadata):
@@ -480,11 +478,8 @@ def ask(images, prompts, metadata):
 
     images: (B, 3, H, W) in [0, 1]. prompts: B strings. Waits until the person is done.
     """
-    if TRIAL.is_set():
-        return [0.5] * len(images)
     if nft.WORLD > 1:
-        rule = "must be 1 for a person, who would keep the others waiting"
-        raise nft.UserError(f"torchrun with {nft.WORLD} processes: {rule}")
+        raise RuntimeError("a person would keep the other processes waiting: use one")
     if PERSON.file is None:
         PERSON.open(DEFAULT_FILE)
     return PERSON.ask([nft.to_pil(image) for image in images], prompts)
@@ -500,51 +495,39 @@ def weigh(raw, groups, z):
     return raw.float()
 
 
-def others(rewards):
-    """The rewards that ask nobody: those of --watch."""
-    return [reward for reward in rewards if reward.function is not ask]
-
-
 def make_model(config):
     """nft.Model; answers are kept in the run's directory from now on."""
     PERSON.open(Path(config.out) / "answers.jsonl")
-    TRIAL.set()
     return nft.Model(config)
 
 
-def collect(model, rewards, numbered, key, policy):
-    """nft.collect, but nobody is asked about the trial image."""
-    if key != ("probe",):
-        TRIAL.clear()
-    return nft.collect(model, rewards, numbered, key, policy)
-
-
 def evaluate(run, rewards, prompts, iteration):
-    """nft.evaluate by the rewards of --watch, each of weight 1, or by the person without them."""
-    TRIAL.clear()
-    watched = [reward._replace(weight=1.0) for reward in others(rewards)]
-    return nft.evaluate(run, watched or rewards, prompts, iteration)
+    """nft.evaluate by the other rewards, each of weight 1, or by the person without them."""
+    others = {}
+    for name, (_, function) in rewards.items():
+        if function is not ask:
+            others[name] = (1.0, function)
+    return nft.evaluate(run, others or rewards, prompts, iteration)
 
 
-PARTS = {"make_model": make_model, "collect": collect, "evaluate": evaluate, "weigh": weigh}
+PARTS = {"make_model": make_model, "evaluate": evaluate, "weigh": weigh}
 
 
 def main(argv=None, **more):
     """Run nft.py's command line with a person as its reward; returns the exit status."""
-    if argv is None:
-        argv = sys.argv[1:]
-    if any(word.split("=")[0] == "--reward" for word in argv):
-        rule = "--reward: must not be given, the person is it; name others with --watch"
-        print(f"human.py: {rule}", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--reward", default="")
+    known, rest = parser.parse_known_args(argv)
+    rewards = {"human": ask}
     with contextlib.closing(PERSON):
-        status = nft.main(["--reward=human:ask", *argv], **(PARTS | more))
-        TRIAL.clear()
-        if status not in (0, 2) and PERSON.file is not None:
-            # nft.py names a call in Python; this is the command.
-            command = f"python examples/rewards/human.py --out {PERSON.file.parent} --resume"
-            print(f"human.py: answers are kept, go on with: {command}", file=sys.stderr)
-    return status
+        try:
+            others = nft.load_rewards(known.reward) if known.reward else {}
+        except nft.UserError as error:
+            print(f"human.py: {error}", file=sys.stderr)
+            return 2
+        for name, (_, function) in others.items():
+            rewards[name] = (0.0, function)
+        return nft.main(rest, settings={"reward": rewards}, **(PARTS | more))
 
 
 if __name__ == "__main__":

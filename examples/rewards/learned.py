@@ -1,18 +1,15 @@
 """A learned reward for the shapes, which can be fooled: what reward hacking looks like, in small.
 
-    python nft.py --reward learned --watch examples/tiny/shapes.py:reward
-    python examples/rewards/learned.py      # trains it, and says how well it judges clean pictures
+    python nft.py --reward learned,examples/tiny/shapes.py:reward=0,roughness=0
 
 A small network judges whether picture and caption match. It has seen clean renders alone, with
 right and wrong captions, as a preference model has seen photographs. What it thinks of pictures
 like no render is up to chance, and training by it goes looking for them. The exact reward of
-shapes.py stands beside it as `--watch`, and so does `roughness`. It trains itself once, in some ten
-minutes of one core, into runs/learned.pt. It needs no package beyond nft.py's own.
+shapes.py stands beside it with weight 0, and so does the roughness. It trains itself once, in some
+ten minutes of one core, into runs/learned.pt. It needs no package beyond nft.py's own.
 SPDX-License-Identifier: MIT
 """
 
-import functools
-import os
 import random
 import sys
 from pathlib import Path
@@ -129,53 +126,19 @@ def train(steps=3000, size=128, pool=150):
     return judge
 
 
-def write_judge():
-    """Train a judge and write it to FILE, which is whole whenever it is there."""
-    print(f"learned.py: training {FILE}, once: a few minutes of one core", file=sys.stderr)
-    # Rewards run without gradients.
-    with torch.enable_grad():
-        weights = train().state_dict()
-    FILE.parent.mkdir(exist_ok=True)
-    temporary = FILE.with_suffix(f".{os.getpid()}")
-    torch.save(weights, temporary)
-    os.replace(temporary, FILE)
-
-
-@functools.cache
-def load_judge(device):
-    """The judge of FILE, made first where that is missing."""
+# ---- The reward ----------------------------------------------------------------------------------
+def reward():
+    """Make the judge, trained if need be: the probability that a picture shows its caption."""
     if not FILE.exists():
-        write_judge()
+        print(f"learned.py: training {FILE}, once: some ten minutes of one core", file=sys.stderr)
+        weights = train().state_dict()
+        FILE.parent.mkdir(exist_ok=True)
+        torch.save(weights, FILE)
     judge = Judge()
     judge.load_state_dict(torch.load(FILE, weights_only=True))
-    return judge.eval().to(device)
 
+    def match(images, prompts, metadata):
+        """(B, 3, 32, 32) in [0, 1] and B captions of shapes.py -> (B,) in [0, 1]."""
+        return judge.to(images.device)(images, prompts).sigmoid()
 
-# ---- The reward ----------------------------------------------------------------------------------
-@torch.no_grad()
-def match(images, prompts, metadata):
-    """The learned probability, in [0, 1], that each picture shows its caption: (B,).
-
-    images: (B, 3, 32, 32) in [0, 1]. prompts: B captions of shapes.py.
-    """
-    judge = load_judge(images.device)
-    return judge(images, prompts).sigmoid()
-
-
-# By this name `--reward learned` finds it.
-reward = match
-
-
-def main():
-    """Print how well the judge does on clean pictures, and what it gives to grey and to noise."""
-    images, captions, labels = batch(1000, seed=10**6)
-    right = (match(images, captions, None) > 0.5) == labels.bool()
-    grey = torch.full_like(images, 0.5)
-    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-    print(f"clean pictures judged right: {right.float().mean():.3f}")
-    print(f"mean reward of grey: {match(grey, captions, None).mean():.3f}")
-    print(f"mean reward of noise: {match(noise, captions, None).mean():.3f}")
-
-
-if __name__ == "__main__":
-    main()
+    return match

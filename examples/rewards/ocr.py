@@ -2,7 +2,6 @@
 
     pip install rapidocr-onnxruntime                    # its wheel carries the PP-OCRv4 models
     python nft.py --model sd3 --reward ocr --prompts signs.txt
-    python examples/rewards/ocr.py picture.png          # what it reads
 
 A prompt quotes its text once, with double quotes: `a shop with the sign "OPEN"`; or its metadata
 have `text`. The reward is 1 - min(edit distance, length) / length between the text and all that was
@@ -12,37 +11,9 @@ It runs on the CPU.
 SPDX-License-Identifier: MIT
 """
 
-import functools
-import sys
-from pathlib import Path
-
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import nft
-
-
-@functools.cache
-def reader():
-    """PP-OCRv4, which detects lines and recognises them; no model is fetched."""
-    try:
-        from rapidocr_onnxruntime import RapidOCR
-    except ImportError as error:
-        raise ImportError(
-            f"ocr: must have its reader ({error}); run: pip install rapidocr-onnxruntime"
-        ) from error
-    return RapidOCR(use_angle_cls=False)
-
-
-def read(image):
-    """All text in a picture (3, H, W) in [0, 1], line by line from the top, as one string."""
-    # OpenCV's order of colours: blue first.
-    pixels = np.asarray(nft.to_pil(image))[:, :, ::-1]
-    lines, _ = reader()(np.ascontiguousarray(pixels), use_cls=False)
-    # None where nothing was found.
-    if not lines:
-        return ""
-    return " ".join(text for _, text, _ in lines)
 
 
 def plain(text):
@@ -56,10 +27,7 @@ def wanted(prompt, metadata):
     if not text and '"' in prompt:
         text = prompt.split('"')[1]
     if not text or not plain(text):
-        raise ValueError(
-            f"prompt {prompt!r}: must quote the text to paint, as in: a sign that says "
-            '"OPEN"; or give `text` as metadata in a .jsonl'
-        )
+        raise ValueError(f'prompt {prompt!r} must quote its text, as in: a sign that says "OPEN"')
     return text
 
 
@@ -86,26 +54,34 @@ def similarity(found, text):
     return 1 - distance / len(text)
 
 
-def reward(images, prompts, metadata):
-    """How much of its text each picture shows: B numbers in [0, 1].
-
-    images: (B, 3, H, W) in [0, 1]. prompts: B strings. metadata: B dicts. Raises ValueError for a
-    prompt that asks for no text, ImportError without the reader.
-    """
-    texts = [wanted(*pair) for pair in zip(prompts, metadata, strict=True)]
-    return [similarity(read(image), text) for image, text in zip(images, texts, strict=True)]
+def check(prompts, metadata):
+    """Raise ValueError for a prompt that asks for no text."""
+    for prompt, row in zip(prompts, metadata, strict=True):
+        wanted(prompt, row)
 
 
-def main():
-    """Print what is read in the picture that the command line names."""
-    import torch
-    from PIL import Image
+def reward():
+    """Make the reader: how much of its text each picture shows, in [0, 1]."""
+    from rapidocr_onnxruntime import RapidOCR
 
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    picture = np.asarray(Image.open(sys.argv[1]).convert("RGB"))
-    print(read(torch.tensor(picture).permute(2, 0, 1) / 255))
+    reader = RapidOCR(use_angle_cls=False)
 
+    def read(image):
+        """All text in a picture (3, H, W) in [0, 1], line by line from the top, as one string."""
+        # OpenCV's order of colours: blue first.
+        pixels = np.asarray(nft.to_pil(image))[:, :, ::-1]
+        lines, _ = reader(np.ascontiguousarray(pixels), use_cls=False)
+        # None where nothing was found.
+        if lines is None:
+            return ""
+        return " ".join(text for _, text, _ in lines)
 
-if __name__ == "__main__":
-    main()
+    def rate(images, prompts, metadata):
+        """(B, 3, H, W) in [0, 1], B strings and B dicts -> B floats."""
+        scores = []
+        for image, prompt, row in zip(images, prompts, metadata, strict=True):
+            scores.append(similarity(read(image), wanted(prompt, row)))
+        return scores
+
+    rate.check = check
+    return rate

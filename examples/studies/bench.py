@@ -1,114 +1,100 @@
-"""What an iteration costs, beside a plain loop in the released DiffusionNFT code's order of work.
+"""What an iteration of nft.py costs: seconds beside a plain loop, and memory without a GPU.
 
-    python examples/studies/bench.py                                    # --model tiny
-    python examples/studies/bench.py --model tiny-sd3 --repeats 9
-    python examples/studies/bench.py --model sd15 --random-weights /tmp/random --precision bf16
-    python examples/studies/bench.py --simulate               # memory at full size, without a GPU
+    python examples/studies/bench.py                        # seconds, of tiny and tiny-sd3
+    python examples/studies/bench.py --simulate             # memory, of sd15, sdxl, sd3 and flux
+    python examples/studies/bench.py --simulate --of sd15,sd3 --rank 64 --resolution 768
 
-Own flags: --repeats, --random-weights and --simulate. All others are nft.py's (python nft.py
---help). --simulate does none of this: see examples/studies/simulate.py.
+Other flags are those of nft.py.
 
-Two loops run on one network, through nft.collect and nft.optimize:
+Seconds: "plain" works as the authors' scripts/train_nft_sd3.py does. A layer adds peft's
+B(A x) * 2. A batch takes three forward passes: old, theta and reference, the last one also where
+its weight is 0. Adaptive weights are in float64. An iteration is one optimizer step. Left out is
+what else slows the released code: a base in fp32 under autocast, and DistributedDataParallel.
+"apart" says how far images, losses and gradients differ. The learning rate is 0, so that each round
+does the same work. The other columns are shares of nft.py's iteration.
 
-    nft.py    as it is.
-    plain     Works as the authors' scripts/train_nft_sd3.py does. A layer adds peft's B(A x) * 2.
-              A batch takes three forward passes: old, theta and reference, the last one also where
-              its weight is 0. Adaptive weights are in float64. An iteration is one optimizer step.
-
-The line "apart" says how far their images, losses and gradients differ. Left out of the plain loop
-is what else slows the released code: a base in fp32 under autocast, which is cast in each pass, and
-DistributedDataParallel.
-
-The loops take turns in one process, in an order that turns around each round; the first round is a
-warm-up. The learning rate is 0, so that each round does the same work. Tables give the median
-[lowest, highest] of --repeats rounds. A pair is an image at a noise level. The peak memory is the
-GPU's. The last lines say which share of an iteration each part takes; for these the device is
-waited for around each part.
-
---random-weights DIR builds SD1.5 (UNet, CLIP-L, VAE) or SD3.5-Medium (MMDiT-X, CLIP-L, CLIP-G, VAE)
-at full size in DIR, without a download, with the tokenizer of examples/tiny/pretrain.py. In place
-of SD3's T5-XXL stands one that answers zeros of the same shape. The reward is then jpeg, unless
---reward is given.
+Memory: simulated, not seen on a GPU. nft.py's own Model, collect and optimize work on the released
+models' classes at full size, with PyTorch's FakeTensors, which have a shape and no numbers. A
+tracker adds up the bytes of all tensors that are alive: weights, adapters, gradients, AdamW,
+activations. It does not see what is inside a kernel, the blocks that CUDA's allocator keeps, CUDA
+itself, or a reward's model. One batch is sampled, in two steps, and one is trained on.
 SPDX-License-Identifier: MIT
 """
 
 import argparse
-import collections
-import copy
 import dataclasses
 import functools
-import itertools
-import math
-import platform
+import gc
 import statistics
 import sys
 import time
+import weakref
+from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-sys.path.insert(0, str(REPOSITORY / "examples" / "tiny"))
-import pretrain
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "examples/tiny")]
+import untrained
 
 import nft
 
+
 # ---- The two loops -------------------------------------------------------------------------------
-
-
 class Loop:
-    """A way to do an iteration: all that nft.optimize needs of a run.
+    """A way to do an iteration: all that nft.optimize needs of a run, at a learning rate of 0."""
 
-    losses: as nft.pair_losses.
-    """
-
-    def __init__(self, name, model, losses):
-        self.name = name
+    def __init__(self, model, losses=nft.pair_losses):
         self.model = model
-        self.losses = losses
         self.config = model.config
-        self.optimizer = torch.optim.AdamW(model.lora.adapters["theta"], lr=self.config.lr)
-        half = model.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
-        self.rows = [{"skipped_steps": 0}]
+        self.losses = losses
+        self.optimizer = torch.optim.AdamW(model.lora.adapters["theta"], lr=0.0)
+        self.scaler = torch.amp.GradScaler(enabled=False)
+
+    def collect(self, rewards, prompts):
+        """D with r, as nft.train makes it, of an image for each (prompt, metadata)."""
+        numbered = [(i, *pair) for i, pair in enumerate(prompts)]
+        D = nft.collect(self.model, rewards, numbered, ("bench",), "old")
+        groups = torch.arange(len(prompts)) // self.config.group_size
+        D["r"] = nft.optimality_reward(D.pop("scores")["reward"], groups, self.config.z)
+        return D
+
+    def train(self, D):
+        """Train on D as nft.train does."""
+        nft.optimize(self, D, 1, self.losses)
 
 
-class PlainLoRA:
-    """The adapters of an nft.LoRA, added to the layers of `net` in peft's order of work."""
-
-    def __init__(self, net, lora):
-        self.adapters = lora.adapters
-        self.average = lora.average
-        self.active = None
-        for i, name in enumerate(lora.layers):
-            hook = functools.partial(self.add_adapter, i)
-            net.get_submodule(name).register_forward_hook(hook)
+class PlainLoRA(nft.LoRA):
+    """Adapters in peft's order of work."""
 
     def add_adapter(self, i, layer, args, out):
         """The hook of layer i: out + B(A x) * 2."""
         if self.active is None:
             return out
+        self.called.add(i)
         A, B = self.adapters[self.active][2 * i : 2 * i + 2]
-        x = F.linear(args[0], A.to(out.dtype))
-        return out + F.linear(x, B.to(out.dtype)) * 2
+        return out + F.linear(F.linear(args[0], A.to(out.dtype)), B.to(out.dtype)) * nft.SCALE
 
 
-def plain_losses(model, D, index, t, eps):
+def plain_losses(model, pairs, t, eps):
     """What nft.pair_losses returns, as the released code computes it."""
     beta = model.config.beta
-    x_0 = D["x_0"][index]
-    r = D["r"][index]
-    condition = nft.map_tensors(lambda x: x[index], D["condition"])
+    x_0 = pairs["x_0"]
+    r = pairs["r"]
     alpha_t, sigma_t = model.noise_level(t, x_0.ndim)
     x_t = alpha_t * x_0 + sigma_t * eps
     with torch.no_grad():
-        old = model.predict(x_t, t, condition, "old")
-    theta = model.predict(x_t, t, condition, "theta")
+        old = model.predict(x_t, t, pairs["condition"], "old")
+    theta = model.predict(x_t, t, pairs["condition"], "theta")
     with torch.no_grad():
         # Whatever its weight.
-        reference = model.predict(x_t, t, condition, None)
+        reference = model.predict(x_t, t, pairs["condition"], None)
     # With --checkpointing the backward pass calls theta's layers again.
     model.lora.active = "theta"
 
@@ -128,474 +114,336 @@ def plain_losses(model, D, index, t, eps):
     return loss.float(), kl, deviation
 
 
-def make_loops(model):
-    """The two loops of a model. They share its network and its adapters."""
-    # So that each round does the same work.
-    model.config.lr = 0.0
-    plain = copy.copy(model)
-    plain.config = dataclasses.replace(model.config, updates=1)
-    plain.lora = PlainLoRA(model.net, model.lora)
-    return [
-        Loop("nft.py", model, nft.pair_losses),
-        Loop("plain", plain, plain_losses),
-    ]
+def make_loops(config):
+    """nft.py's loop and the plain one, whose adapters are equal and differ from the base model."""
+    ours = Loop(nft.Model(config))
+    with mock.patch.object(nft, "LoRA", PlainLoRA):
+        plain = Loop(nft.Model(dataclasses.replace(config, updates=1)), plain_losses)
+    for loop in (ours, plain):
+        for policy in ("theta", "old"):
+            for i, x in enumerate(loop.model.lora.adapters[policy]):
+                noise = torch.randn(x.shape, generator=nft.generator(policy, i))
+                x.data += 0.003 * noise.to(x.device)
+    return ours, plain
 
 
-def disturb(lora):
-    """Move theta and old a little, so that they and the base model differ."""
-    noise = nft.generator("bench")
-    for policy in ("theta", "old"):
-        for B in lora.adapters[policy][1::2]:
-            B.data += 0.003 * torch.randn(B.shape, generator=noise).to(B.device)
-
-
-def collect(model, rewards, prompts, key):
-    """nft.collect of one image a prompt of [(prompt, metadata)], by the old policy."""
-    numbered = []
-    for i, (prompt, metadata) in enumerate(prompts):
-        numbered.append((i, prompt, metadata))
-    return nft.collect(model, rewards, numbered, key, "old")
-
-
-def rollout(loop, rewards, prompts):
-    """Sample and score as nft.train does: D, with r."""
-    config = loop.config
-    D = collect(loop.model, rewards, prompts, (config.seed, 1))
-    groups = torch.arange(len(prompts)) // config.group_size
-    r = nft.optimality_reward(D["scores"]["reward"], groups, config.z)
-    D["r"] = r.to(loop.model.device)
-    return D
-
-
-def train(loop, D):
-    """Train on D as nft.train does. The weights stay as they are."""
-    lora = loop.model.lora
-    nft.optimize(loop, D, 1, loop.losses)
-    lora.average("old", 1.0)
-    # The hooks of both loops are on the network: these must rest now.
-    lora.active = None
-
-
-# ---- What is measured ----------------------------------------------------------------------------
-
-
-def now(device):
-    """Seconds, when the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# ---- Seconds -------------------------------------------------------------------------------------
+def now():
+    """Seconds, when the GPU has done what it was asked to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def iterate(loop, rewards, prompts):
-    """One iteration; returns the seconds of its rollout and of its training."""
-    device = loop.model.device
-    started = now(device)
-    D = rollout(loop, rewards, prompts)
-    collected = now(device)
-    train(loop, D)
-    return collected - started, now(device) - collected
-
-
-def relative(some, others):
-    """How far two lists of tensors lie apart, relative to the size of the second."""
-    difference = 0.0
-    size = 0.0
-    for x, y in zip(some, others, strict=True):
-        difference += (x - y).square().sum().item()
-        size += y.square().sum().item()
-    return math.sqrt(difference / size)
+def flat(tensors):
+    """All numbers in one vector."""
+    return torch.cat([x.detach().flatten() for x in tensors])
 
 
 def differences(loops, prompts):
-    """{"images", "losses", "gradients": how far the two loops lie apart}."""
-    model = loops[0].model
-    noise = nft.generator("differences")
-    index = torch.arange(len(prompts))
-    t = model.times[index % len(model.times)]
-    D = collect(model, [], prompts, ("differences",))
-    D["r"] = torch.rand(len(prompts), generator=noise).to(model.device)
-    eps = torch.randn(D["x_0"].shape, generator=noise).to(model.device)
+    """{"images", "losses", "gradients": how far the two loops lie apart, relative to their size}"""
     found = {"images": [], "losses": [], "gradients": []}
+    pairs = loops[0].collect({}, prompts)
+    noise = nft.generator("differences")
+    pairs["r"] = torch.rand(len(prompts), generator=noise)
+    eps = torch.randn(pairs["x_0"].shape, generator=noise)
+    times = loops[0].model.times
+    t = times[torch.arange(len(prompts)) % len(times)]
     for loop in loops:
         model = loop.model
-        own = collect(model, [], prompts, ("differences",))
-        loss, kl, _ = loop.losses(model, D, index.to(model.device), t, eps)
+        found["images"].append(flat([loop.collect({}, prompts)["x_0"]]))
+        given = nft.map_tensors(lambda x, device=model.device: x.to(device), (pairs, t, eps))
+        loss, kl, _ = loop.losses(model, *given)
         losses = [loss, model.config.kl * kl]
+        found["losses"].append(flat(losses))
         gradients = torch.autograd.grad(sum(losses).sum(), model.lora.adapters["theta"])
-        model.lora.active = None
-        found["images"].append([own["x_0"]])
-        found["losses"].append(losses)
-        found["gradients"].append(gradients)
-    return {name: relative(*pair) for name, pair in found.items()}
+        found["gradients"].append(flat(gradients))
+    return {name: ((a - b).norm() / b.norm()).item() for name, (a, b) in found.items()}
 
 
-def parts(loop, rewards, prompts):
-    """{part: its share of an iteration}."""
+# The parts of an iteration.
+PARTS = ("rollout", "reward", "old", "reference", "theta", "backward and rest")
+
+
+def shares(loop, rewards, prompts):
+    """{part of PARTS: its share of an iteration}; the device is waited for around each."""
     model = loop.model
-    device = model.device
-    names = {"old": "old", "theta": "theta forward", None: "reference"}
-    spent = collections.Counter()
-    passes = []
+    spent = Counter()
 
-    def timed(function):
+    def timed(function, name_part):
         def call(*args):
-            started = now(device)
+            started = now()
             result = function(*args)
-            spent["reward"] += now(device) - started
+            spent[name_part(args)] += now() - started
             return result
 
         return call
 
-    def before_pass(net, args):
-        passes.append(now(device))
-
-    def after_pass(net, args, out):
-        spent[names[model.lora.active]] += now(device) - passes.pop()
-
-    timed_rewards = [reward._replace(function=timed(reward.function)) for reward in rewards]
-    started = now(device)
-    D = rollout(loop, timed_rewards, prompts)
-    collected = now(device)
-    spent["rollout"] = collected - started - spent["reward"]
-    hooks = [
-        model.net.register_forward_pre_hook(before_pass),
-        model.net.register_forward_hook(after_pass),
-    ]
-    train(loop, D)
-    total = now(device) - started
-    for hook in hooks:
-        hook.remove()
+    score = timed(nft.score, lambda args: "reward")
+    # The last argument is the policy, None for the reference.
+    predict = timed(model.predict, lambda args: args[-1] or "reference")
+    with mock.patch.object(nft, "score", score), mock.patch.object(model, "predict", predict):
+        started = now()
+        D = loop.collect(rewards, prompts)
+        spent["rollout"] = now() - started - spent["reward"]
+        loop.train(D)
+        total = now() - started
     spent["backward and rest"] = total - spent.total()
-    return {name: seconds / total for name, seconds in spent.items()}
+    return {part: spent[part] / total for part in PARTS}
 
 
-def overhead(model, prompts):
-    """Seconds of nft.py's rollout over those of the pipeline alone, without scores and records."""
-    size = model.config.batch_size
-    started = now(model.device)
-    collect(model, [], prompts, ("overhead",))
-    collected = now(model.device)
-    for start in range(0, len(prompts), size):
-        texts = [prompt for prompt, _ in prompts[start : start + size]]
-        noise = [nft.generator("overhead", start + k) for k in range(len(texts))]
-        settings = model.settings | {"num_inference_steps": model.config.steps}
-        model.pipe(texts, generator=noise, output_type="pt", **settings)
-    return (collected - started) / (now(model.device) - collected)
+def median(values):
+    """Median (lowest to highest)."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def kept(model, prompts):
-    """Bytes that one batch of pairs keeps for its backward pass, without the frozen weights."""
-    prompts = prompts[: model.config.batch_size]
-    n = len(prompts)
-    D = collect(model, [], prompts, ("kept",))
-    D["r"] = torch.rand(n, device=model.device)
-    weights = {x.untyped_storage().data_ptr() for x in model.net.parameters()}
-    found = {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            # Views of one tensor count once.
-            found[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    index = torch.arange(n)
-    t = model.times[index % len(model.times)]
-    eps = torch.randn_like(D["x_0"])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        losses = nft.pair_losses(model, D, index.to(model.device), t, eps)
-    # The graph lived until here, so that no two of its tensors had one address.
-    del losses
-    model.lora.active = None
-    return sum(found.values())
+def compare(name, words=(), repeats=5):
+    """Measure both loops on a preset, and print its row of the table; words: flags of nft.py."""
+    config = nft.parse([f"--model={name}", "--groups=4", "--out=unused", *words])
+    prompts, _ = nft.load_prompt_sets(config)
+    rewards = nft.load_rewards(config.reward)
+    K = config.group_size
+    prompts = [prompts[i // K % len(prompts)] for i in range(config.groups * K)]
+    loops = make_loops(config)
+    apart = differences(loops, prompts[: config.batch_size])
+    seconds = [[], []]
+    for k in range(repeats + 1):
+        # In an order that turns around each round.
+        for which in (k % 2, 1 - k % 2):
+            started = now()
+            loops[which].train(loops[which].collect(rewards, prompts))
+            seconds[which].append(now() - started)
+    # The first round is a warm-up.
+    ours, plain = [values[1:] for values in seconds]
+    ratio = median([b / a for a, b in zip(ours, plain, strict=True)])
+    cells = [name, median(ours), median(plain), ratio]
+    cells += [", ".join(f"{x:.0e}" for x in apart.values())]
+    cells += [f"{x:.0%}" for x in shares(loops[0], rewards, prompts).values()]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def peak_memory(device):
-    """Gigabytes of the GPU at the highest point since the last call; nan without a GPU."""
-    if device.type != "cuda":
-        return math.nan
-    highest = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return highest / 1e9
+# ---- Memory: the tracker -------------------------------------------------------------------------
+def tensors_of(*trees):
+    """The tensors in nested dicts, lists and tuples."""
+    return [x for x in tree_leaves(trees) if isinstance(x, torch.Tensor)]
 
 
-# ---- Full-size models without a download ---------------------------------------------------------
+class Tracker(TorchDispatchMode):
+    """Counts the bytes of the storages that operations returned while it was on; views count once.
+
+    live: bytes now; peak: the most since `restart`. With fake=True new large tensors are fake, and
+    all that is computed from a fake one. What is computed from real tensors alone is real, so that
+    schedulers and tokenizers work. A single number that is asked of fake tensors is 1.
+    """
+
+    # Tensors made of nothing with so many elements or fewer stay real: times, levels, indices.
+    small = 4096
+
+    def __init__(self, fake):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self.storages = set()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:
+            # Half of all calls are autograd's, which asks fake tensors where they are.
+            return args[0].fake_device
+        out = self.compute(function, types, args, kwargs or {})
+        for x in tensors_of(out):
+            storage = x.untyped_storage()
+            if storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def compute(self, function, types, args, kwargs):
+        """What the operation returns."""
+        given = tensors_of(args, kwargs)
+        is_fake = any(isinstance(x, FakeTensor) for x in given)
+        if self.fake is None or (given and not is_fake):
+            return function(*args, **kwargs)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
+        # A fake tensor has no numbers to draw, and refuses a generator.
+        options = {k: None if isinstance(x, torch.Generator) else x for k, x in kwargs.items()}
+        out = self.fake.__torch_dispatch__(function, types, args, options)
+        if is_fake and isinstance(out, torch.Tensor) and out.ndim == 0:
+            return torch.ones((), dtype=out.dtype)
+        if is_fake or sum(x.numel() for x in tensors_of(out)) > self.small:
+            return out
+        return function(*args, **kwargs)
+
+    def forget(self, key, size):
+        """A storage died."""
+        self.storages.discard(key)
+        self.live -= size
+
+    def restart(self):
+        """Forget the peak so far; what only a cycle of references holds is freed before."""
+        gc.collect()
+        self.peak = self.live
 
 
-def make_clip(kind, tokenizer, width, layers, heads, activation):
-    """A text encoder of CLIP's form; kind: a class of transformers."""
-    from transformers import CLIPTextConfig
+# ---- Memory: models of full size -----------------------------------------------------------------
+def make_clip(width, layers, heads, projection):
+    """A text encoder of CLIP's form."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=49408,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         projection_dim=width,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    return kind(config)
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
-def make_vae(channels, **more):
-    """The VAE of Stable Diffusion, with so many latent channels."""
-    from diffusers import AutoencoderKL
+def make_denoiser(name):
+    """The denoiser of Stable Diffusion 1.5, XL, 3.5 Medium, or of FLUX.1-dev."""
+    import diffusers
 
-    return AutoencoderKL(
+    if name == "sd15":
+        return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    if name == "flux":
+        return diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    if name == "sd3":
+        net = diffusers.SD3Transformer2DModel(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
+        # A table in fp32, which from_pretrained casts.
+        net.pos_embed.pos_embed = net.pos_embed.pos_embed.to(torch.get_default_dtype())
+        return net
+    return diffusers.UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def make_pipeline(name, tracker):
+    """A preset's pipeline with networks of full size, and the tokenizer of examples/tiny."""
+    import diffusers
+    import transformers
+
+    with mock.patch.object(untrained.pretrain, "TOKENS", 77):
+        tiny = untrained.make_pipelines()[name]
+    parts = dict(tiny.components)
+    # Every parameter is fake, as operations on fake tensors alone are cached.
+    tracker.small = 0
+    projection = name in ("sdxl", "sd3")
+    parts["text_encoder"] = make_clip(768, 12, 12, projection)
+    if projection:
+        parts["text_encoder_2"] = make_clip(1280, 32, 20, projection)
+    if name in ("sd3", "flux"):
+        # The encoder of T5-XXL.
+        form = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+        t5 = transformers.T5EncoderModel(
+            transformers.T5Config(feed_forward_proj="gated-gelu", **form)
+        )
+        parts["text_encoder_3" if name == "sd3" else "text_encoder_2"] = t5
+    parts["vae"] = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
-        latent_channels=channels,
+        latent_channels=4 if name in ("sd15", "sdxl") else 16,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        **more,
+        shift_factor=0.0,
     )
+    parts["unet" if "unet" in parts else "transformer"] = make_denoiser(name)
+    del tracker.small
+    return type(tiny)(**parts)
 
 
-def make_tokenizer():
-    """The tiny pipelines' tokenizer with CLIP's number of tokens."""
-    tokenizer = pretrain.make_tokenizer()
-    tokenizer.model_max_length = 77
-    return tokenizer
+# ---- Memory: an iteration ------------------------------------------------------------------------
+def make_loop(config, make):
+    """nft.py's loop on a pipeline of a maker, with AdamW's state, as nft.train has it on CUDA."""
+    torch.set_default_dtype(nft.PRECISIONS[config.precision])
+    pipe = make()
+    torch.set_default_dtype(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_slicing()
+    with (
+        mock.patch.object(nft, "load_pipeline", lambda *args: pipe),
+        # It is where it should be, and fake parameters cannot be moved.
+        mock.patch.object(torch.nn.Module, "to", lambda module, *args, **more: module),
+        # Fake tensors have no numbers to check.
+        mock.patch.object(nft.Model, "refuse", lambda *args: None),
+    ):
+        loop = Loop(nft.Model(config))
+    for x in loop.model.lora.adapters["theta"]:
+        x.grad = torch.zeros_like(x)
+    loop.optimizer.step()
+    return loop
 
 
-def make_sd15():
-    """Stable Diffusion 1.5, with PyTorch's own starting weights."""
-    import diffusers
-    from transformers import CLIPTextModel
-
-    tokenizer = make_tokenizer()
-    scheduler = diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=768, attention_head_dim=8
-    )
-    return diffusers.StableDiffusionPipeline(
-        vae=make_vae(4, sample_size=512),
-        text_encoder=make_clip(CLIPTextModel, tokenizer, 768, 12, 12, "quick_gelu"),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def peaks_of(loop, tracker, batch):
+    """Bytes at the peak with so many pairs a batch: of the rollout, of training, and of training
+    with --checkpointing."""
+    loop.config.batch_size = batch
+    tracker.restart()
+    rewards = {"darkness": (1.0, lambda images, *more: -images.mean((1, 2, 3)))}
+    D = loop.collect(rewards, [("a red circle", {})] * (4 * batch))
+    peaks = [tracker.peak]
+    loop.config.group_size = batch
+    D = nft.map_tensors(lambda x: x[:batch].clone(), D)
+    # D lies on the CPU, of which all is here.
+    size = sum(x.untyped_storage().nbytes() for x in tensors_of(D))
+    net = loop.model.net
+    for how in (net.disable_gradient_checkpointing, net.enable_gradient_checkpointing):
+        how()
+        tracker.restart()
+        loop.train(D)
+        peaks.append(tracker.peak - size)
+    return peaks
 
 
-def make_sd3():
-    """Stable Diffusion 3.5 Medium, with PyTorch's own starting weights."""
-    import diffusers
-    from transformers import CLIPTextModelWithProjection as Clip
-
-    tokenizer = make_tokenizer()
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=128,
-        num_layers=24,
-        attention_head_dim=64,
-        num_attention_heads=24,
-        joint_attention_dim=4096,
-        caption_projection_dim=1536,
-        pooled_projection_dim=2048,
-        out_channels=16,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
-    )
-    vae = make_vae(
-        16,
-        sample_size=1024,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=make_clip(Clip, tokenizer, 768, 12, 12, "quick_gelu"),
-        tokenizer=tokenizer,
-        text_encoder_2=make_clip(Clip, tokenizer, 1280, 32, 20, "gelu"),
-        tokenizer_2=tokenizer,
-        text_encoder_3=pretrain.make_silent_t5(tokenizer, 4096),
-        tokenizer_3=tokenizer,
-    )
-
-
-FULL_SIZE = {"sd15": make_sd15, "sd3": make_sd3}
-
-
-def build(config, root):
-    """The path of --model with random weights under `root`; writes it unless it is there."""
-    if config.model not in FULL_SIZE:
-        names = " or ".join(FULL_SIZE)
-        raise nft.UserError(f"--random-weights: --model {config.model} must be {names}")
-    _, dtype = nft.pick_device(config)
-    path = root / f"{config.model}-{str(dtype).removeprefix('torch.')}"
-    if not (path / "model_index.json").exists():
-        # Half the memory and time of a cast afterwards.
-        torch.set_default_dtype(dtype)
-        try:
-            FULL_SIZE[config.model]().save_pretrained(path)
-        finally:
-            torch.set_default_dtype(torch.float32)
-    return path
-
-
-# ---- The tables ----------------------------------------------------------------------------------
-
-
-def show(values, digits=2):
-    """Median [lowest, highest]."""
-    numbers = [statistics.median(values), min(values), max(values)]
-    middle, low, high = [f"{number:.{digits}f}" for number in numbers]
-    return f"{middle} [{low}, {high}]"
-
-
-def print_heading(name, model, images):
-    """What is measured, where; `images`: their number."""
-    import diffusers
-
-    config = model.config
-    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name(model.device)
-    print(f"{name} | {device} | {model.dtype}", end=" | ")
-    print(f"torch {torch.__version__}, diffusers {diffusers.__version__}", end=" | ")
-    print(f"{images} images, {config.train_times} noise levels each", end=", ")
-    print(f"batch {config.batch_size}, {config.updates} updates, {config.steps} steps")
-
-
-def measure(cases, rewards, prompts, repeats):
-    """Time every case, (kl, loop), so many times, after a round to warm up.
-
-    Returns a list for each case, [(seconds of the rollout, of the training)], and its peak memory.
-    """
-    seconds = [[] for _ in cases]
-    peaks = [math.nan for _ in cases]
-    for k in range(repeats + 1):
-        order = list(range(len(cases)))
-        if k % 2:
-            order.reverse()
-        for case in order:
-            kl, loop = cases[case]
-            loop.config.kl = kl
-            peak_memory(loop.model.device)
-            spent = iterate(loop, rewards, prompts)
-            peaks[case] = peak_memory(loop.model.device)
-            if k > 0:
-                seconds[case].append(spent)
-    return seconds, peaks
-
-
-def plain_ratios(seconds, case):
-    """The plain loop's seconds over nft.py's, a round each; its case is the next one."""
-    ours = [sum(spent) for spent in seconds[case]]
-    plain = [sum(spent) for spent in seconds[case + 1]]
-    return [b / a for a, b in zip(ours, plain, strict=True)]
-
-
-def print_table(cases, seconds, peaks, images, pairs):
-    """A row a case. The last case of a KL weight is the plain loop's, with which it is compared."""
-    print("\n| kl | loop | rollout images/s | training pairs/s | s an iteration ", end="")
-    print("| peak, GB | plain over nft.py |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for case, (kl, loop) in enumerate(cases):
-        rollouts = [images / rollout for rollout, _ in seconds[case]]
-        trainings = [pairs / training for _, training in seconds[case]]
-        totals = [sum(spent) for spent in seconds[case]]
-        ratio = ""
-        if loop.name != "plain":
-            ratio = show(plain_ratios(seconds, case))
-        speeds = f"{show(rollouts)} | {show(trainings)} | {show(totals, 3)}"
-        print(f"| {kl:g} | {loop.name} | {speeds} | {peaks[case]:.2f} | {ratio} |")
-
-
-def bench(config, name, repeats):
-    """Measure, and print the tables.
-
-    Returns three lists of ratios, a round each: the plain loop's seconds over nft.py's, with KL and
-    without, and the rollout's over those of the pipeline alone. Then {part: its share} of one
-    iteration of nft.py with KL.
-    """
-    prompts, _ = nft.load_prompt_sets(config)
-    rewards = nft.load_rewards(config.reward, "--reward")
-    repeated = []
-    for pair in nft.draw_prompts(prompts, 1, config):
-        repeated += [pair] * config.group_size
-    model = nft.Model(config)
-    disturb(model.lora)
-    config.train_times = min(config.train_times, len(model.times))
-    weights = [config.kl or 1e-4, 0.0]
-    loops = make_loops(model)
-    cases = list(itertools.product(weights, loops))
-    images = len(repeated)
-    print_heading(name, model, images)
-    apart = differences(loops, repeated[: config.batch_size])
-    numbers = [f"{what} {x:.0e}" for what, x in apart.items()]
-    print(f"apart, relative: {', '.join(numbers)}")
-    seconds, peaks = measure(cases, rewards, repeated, repeats)
-    print_table(cases, seconds, peaks, images, pairs=images * config.train_times)
-    ratios = [overhead(model, repeated) for _ in range(repeats)]
-    print(f"\nseconds of the rollout over those of the pipeline alone: {show(ratios)}")
-    megabytes = kept(model, repeated) / 1e6
-    batch = min(images, config.batch_size)
-    print(f"kept for the backward pass of {batch} pairs: {megabytes:,.1f} MB\n")
-    shares = []
-    for kl, loop in cases:
-        loop.config.kl = kl
-        shares.append(parts(loop, rewards, repeated))
-        numbers = [f"{part} {100 * share:.1f}%" for part, share in shares[-1].items()]
-        print(f"kl {kl:g}, {loop.name}: {', '.join(numbers)}")
-    return plain_ratios(seconds, 0), plain_ratios(seconds, 2), ratios, shares[0]
+def simulate(name, words=(), batches=(1, 4, 8)):
+    """Print a preset's rows of the table; words: flags of nft.py."""
+    own = ["--groups=1", "--steps=2", "--updates=1", "--train-times=1", "--no-checkpointing"]
+    own += [f"--model={name}", "--precision=bf16", "--device=cpu", "--out=unused"]
+    config = nft.parse([*own, *words])
+    with Tracker(fake=True) as tracker:
+        loop = make_loop(config, functools.partial(make_pipeline, name, tracker))
+        for batch in batches:
+            numbers = [f"{size / 1e9:.1f}" for size in peaks_of(loop, tracker, batch)]
+            print(f"| {name} | {batch} | {' | '.join(numbers)} |", flush=True)
 
 
 def main(argv=None):
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (5)")
-    parser.add_argument(
-        "--random-weights", type=Path, metavar="DIR", help="sd15 or sd3 without a download"
-    )
-    parser.add_argument(
-        "--simulate",
-        nargs="?",
-        const="sd15,sdxl,sd3,flux",
-        metavar="MODELS",
-        help="print the peak memory of these at full size, simulated (sd15,sdxl,sd3,flux)",
-    )
-    own, rest = parser.parse_known_args(argv)
-    try:
-        if own.simulate is not None:
-            import simulate
-
-            simulate.main(own.simulate.split(","), rest)
-            return 0
-        if own.random_weights is None:
-            config = nft.parse(rest)
-            name = config.model
-        else:
-            config = nft.parse(["--reward=jpeg", *rest])
-            name = config.model
-            config.model = str(build(config, own.random_weights))
-        bench(config, name, own.repeats)
-    except nft.UserError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command line."""
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--simulate", action="store_true", help="memory, not seconds")
+    parser.add_argument("--of", help="presets, such as sd15,sd3")
+    own, words = parser.parse_known_args(argv)
+    measure = compare
+    names = "tiny,tiny-sd3"
+    head = ["model", "nft.py, s", "plain, s", "plain over nft.py", "apart", *PARTS]
+    if own.simulate:
+        measure = simulate
+        names = "sd15,sdxl,sd3,flux"
+        head = ["simulated, GB", "batch", "rollout", "training", "training, `--checkpointing`"]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for name in (own.of or names).split(","):
+        measure(name, words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

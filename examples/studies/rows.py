@@ -1,762 +1,294 @@
-"""What figures.py compares: a row is one setting of one method.
+"""What harness.py runs: ROWS by name, the TABLES of them that pages show, and the PLOTS.
 
-`FIGURES` names the rows of each figure. `TUNED` holds the settings that the rows of the figure
-"sweep" were run to choose. What no setting can say, a row's `change` does: it returns parts of
-nft.train. A new figure needs a place in FIGURES and in TITLES; a new method one in
-baselines.METHODS, in TUNED and LABELS, and in report.py's COLOURS and MARKERS.
+A row is `python nft.py` with some settings and seeds; another method's (baselines.py); parts of
+nft.train in place of its own (PARTS); or a script's. To add one, give it a name in ROWS and a place
+in TABLES. The settings of the comparison were chosen by the rows "sweep-...", on seed 0.
 SPDX-License-Identifier: MIT
 """
 
-import collections
 import dataclasses
 import functools
+import hashlib
+import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
+import blackbox
+
 import nft
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting of one method; its run with a seed lies in OUT/name-seed."""
+    """One setting of one method."""
 
-    name: str
-    # Its name in tables and plots.
-    label: str
-    # "nft", or a key of baselines.METHODS.
-    method: str
-    # A preset.
-    model: str
-    iterations: int
-    # Of nft.Config, and the method's own.
-    settings: dict
-    # () -> parts of nft.train.
-    change: Callable | None = None
-    # So many iterations train on the same images; 1/2: half of the images are trained on, once.
-    reuse: float = 1
-    # Whether what the settings leave open is SCHEDULE's; else the preset's, whatever it becomes.
-    pinned: bool = True
+    # Of nft.Config, and a baseline's own; the model's preset has what is left open.
+    settings: dict = dataclasses.field(default_factory=dict)
+    # "nft", or one of baselines.METHODS.
+    method: str = "nft"
+    # A name in PARTS.
+    parts: str = ""
+    # Words of a command that takes nft.py's flags: it is given the settings, --seed and --out.
+    script: str = ""
+    # The script is given nothing, and prints a table of Markdown.
+    prints: bool = False
+    seeds: tuple = (0, 1, 2)
 
-
-# The schedule of every row but where it or its method says otherwise: presets may move, and
-# tiny's is coarser.
-SCHEDULE = {"steps": 10, "eval_steps": 10, "train_times": 3, "warmup": 10, "z": 5.0, "ema": 0.9}
-# And the weight of its KL term.
-KL = {"tiny": 0.1, "tiny-sd3": 0.03}
-# Of guidance, at which some rows are evaluated.
-SCALES = (1, 2, 3)
+    def digest(self):
+        """12 hexadecimal digits for all that changes a result."""
+        told = {name: value for name, value in vars(self).items() if name != "seeds"}
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
-def describe(settings, method="nft"):
-    """The settings that say what a row is, as text."""
-    # Other methods have schedules of their own.
-    usual = SCHEDULE if method == "nft" else {}
-    words = []
-    for name, value in settings.items():
-        if name not in ("eval_every", "watch") and value != usual.get(name):
-            words.append(f"{name} {value}")
-    return ", ".join(words)
+# ---- Parts of nft.train --------------------------------------------------------------------------
+def weighted_losses(model, pairs, t, eps, a, b):
+    """nft.pair_losses of a flow by Eq. (5)'s w(t) ||v_theta - v||^2, w(t) = a + b t, not adaptive.
 
-
-# ---- What a row changes in nft.py, where no setting does -----------------------------------------
-def positive_only_loss(x0_theta, x0_old, x_0, r, beta, distance=nft.adaptive_loss):
-    """Eq. (5) without its negative branch: as nft.nft_loss."""
-    x0_positive = (1 - beta) * x0_old + beta * x0_theta
-    return r * distance(x0_positive, x_0) / beta
-
-
-def positive_only():
-    """Parts for a loss without the negative branch."""
-    return {"losses": functools.partial(nft.pair_losses, loss=positive_only_loss)}
-
-
-def constant_weight(t):
-    """w(t) = 1."""
-    return torch.ones_like(t)
-
-
-def rising_weight(t):
-    """w(t) = t."""
-    return t
-
-
-def falling_weight(t):
-    """w(t) = 1 - t."""
-    return 1 - t
-
-
-def weighted_losses(model, D, index, t, eps, w):
-    """nft.pair_losses of a flow with Eq. (5)'s w(t) ||v_theta - v||^2, not the adaptive weighting.
-
-    w is scaled so that its mean over the sampler's times is that of t. This is the weight of the
-    adaptive loss itself, so that the KL term counts alike in all rows.
+    w is scaled so that its mean over the sampler's times is that of t, which is the weight of the
+    adaptive loss: so the KL term counts alike.
     """
     _, sigma = model.noise_level(t, eps.ndim)
     _, sampled = model.noise_level(model.times)
-    weight = w(sigma) * sampled.mean() / w(sampled).mean()
+    w = (a + b * sigma) * sampled.mean() / (a + b * sampled).mean()
 
     def distance(x0_hat, x_0):
         # For a flow, v_hat - v is (x_0 - x0_hat) / t.
-        error = (x0_hat - x_0) / sigma
-        return (weight * error.square()).flatten(1).mean(1)
+        return (w * ((x0_hat - x_0) / sigma).square()).flatten(1).mean(1)
 
     loss = functools.partial(nft.nft_loss, distance=distance)
-    return nft.pair_losses(model, D, index, t, eps, loss=loss)
+    return nft.pair_losses(model, pairs, t, eps, loss=loss)
 
 
-def weighted(w):
-    """Parts for the loss that is weighted by w(t)."""
-    return {"losses": functools.partial(weighted_losses, w=w)}
+def eps_losses(model, pairs, t, eps, power):
+    """nft.pair_losses of an eps-model with errors of eps weighed by (sigma / alpha)^power.
 
-
-def x0_weight(alpha, sigma):
-    """How a loss of x_0, as the flow's, weighs errors of eps: one of eps moves x_0 by this much."""
-    return sigma / alpha
-
-
-def even_weight(alpha, sigma):
-    """How an adaptive loss of eps itself weighs them."""
-    return torch.ones_like(sigma)
-
-
-def eps_weighted_losses(model, D, index, t, eps, weight, scaled):
-    """nft.pair_losses of an eps-model whose pairs have another weight than a flow's.
-
-    nft.py's is sigma / (alpha + sigma). scaled: so that the mean over the sampler's times stays.
+    1 is how the flow's code would weigh them, 0 is alike; nft.py's is sigma / (alpha + sigma).
     """
-    loss, kl, deviation = nft.pair_losses(model, D, index, t, eps)
-
-    def weights(t):
-        alpha, sigma = model.noise_level(t)
-        return sigma / (alpha + sigma), weight(alpha, sigma)
-
-    flow, ours = weights(t)
-    change = ours / flow
-    if scaled:
-        flow, ours = weights(model.times)
-        change = change * flow.mean() / ours.mean()
-    return loss * change, kl, deviation
-
-
-def eps_weighted(weight, scaled=True):
-    """Parts for eps_weighted_losses."""
-    return {"losses": functools.partial(eps_weighted_losses, weight=weight, scaled=scaled)}
-
-
-def skipping_losses(model, D, index, t, eps):
-    """nft.pair_losses without the pairs of r = 1/2: images with just their prompt's mean reward.
-
-    Their loss has no direction of its own. With them goes their pull to the old policy and to the
-    base model; in the log they count as 0.
-    """
-    useful = (D["r"][index] != 0.5).nonzero().flatten()
-    # Zeros that have a gradient (it is 0), for the case that no pair is useful.
-    theta = model.lora.adapters["theta"][0]
-    nothing = torch.zeros_like(D["r"][index]) + 0 * theta.sum()
-    if len(useful) == 0:
-        return nothing, nothing, nothing.detach()
-    found = nft.pair_losses(model, D, index[useful], t[useful.cpu()], eps[useful])
-    loss, kl, deviation = (nothing.index_put((useful,), x) for x in found)
-    return loss, kl, deviation.detach()
-
-
-def skipping():
-    """Parts for a loss of the images alone that are better or worse than their prompt's mean."""
-    return {"losses": skipping_losses}
-
-
-class Reuse:
-    """nft.collect that samples in iterations 1, k + 1, 2 k + 1 ... alone.
-
-    The k - 1 iterations after each of these get its images once more.
-    """
-
-    def __init__(self, k):
-        self.k = k
-        self.kept = None
-
-    def __call__(self, model, rewards, numbered, key, policy):
-        """As nft.collect."""
-        if key == ("probe",):
-            # The trial image.
-            return nft.collect(model, rewards, numbered, key, policy)
-        _, iteration = key
-        if (iteration - 1) % self.k == 0:
-            self.kept = nft.collect(model, rewards, numbered, key, policy)
-        # A copy: nft.train empties its D at the end of an iteration.
-        return dict(self.kept)
-
-
-class Literature:
-    """nft.pair_losses at times, and with noise, that are drawn otherwise.
-
-    shared: the images of a group have the same (t, eps), as V-GRPO's, arXiv 2604.23380.
-    stratified: an image's times lie in equal parts of the sampler's, one in each.
-    """
-
-    def __init__(self, shared=False, stratified=False):
-        self.shared = shared
-        self.stratified = stratified
-        self.iteration = 0
-        self.D = None
-        # So many pairs there were of each image of the iteration.
-        self.seen = collections.Counter()
-
-    def times(self, model, who):
-        """The times of an image, or group, in this iteration."""
-        g = nft.generator("times", model.config.seed, self.iteration, who)
-        order = torch.rand(len(model.times), generator=g).argsort()
-        if not self.stratified:
-            return model.times[order]
-        parts = torch.arange(len(model.times)).tensor_split(model.config.train_times)
-        return model.times[torch.stack([part[order[0] % len(part)] for part in parts])]
-
-    def __call__(self, model, D, index, t, eps):
-        """As nft.pair_losses, in one process."""
-        if D is not self.D:
-            self.D = D
-            self.iteration += 1
-            self.seen.clear()
-        times = []
-        noise = []
-        for image, own in zip(index.tolist(), eps, strict=True):
-            slot = self.seen[image]
-            self.seen[image] += 1
-            who = image
-            if self.shared:
-                who = image // model.config.group_size
-                g = nft.generator("noise", model.config.seed, self.iteration, who, slot)
-                own = torch.randn(own.shape, generator=g).to(own)
-            times.append(self.times(model, who)[slot])
-            noise.append(own)
-        return nft.pair_losses(model, D, index, torch.stack(times), torch.stack(noise))
-
-
-def literature(**settings):
-    """Parts for times and noise by Literature."""
-    return {"losses": Literature(**settings)}
-
-
-def hinged_losses(model, D, index, t, eps, weight):
-    """nft.pair_losses with a penalty where the velocity is longer than the base model's.
-
-    After NormGuard, arXiv 2606.27771: weight * max(0, ||v_theta|| / ||v_ref|| - 1)^2, with
-    v = eps_hat - x0_hat. In the log `old_deviation` is the ratio of the norms. Needs --kl.
-    """
-    outs = {}
-    predict = model.predict
-
-    def hear(x_t, t, condition, policy):
-        outs[policy] = x_t, predict(x_t, t, condition, policy)
-        return outs[policy][1]
-
-    model.predict = hear
-    try:
-        loss, kl, _ = nft.pair_losses(model, D, index, t, eps)
-    finally:
-        # The method shows again.
-        del model.predict
-
-    alpha, sigma = model.noise_level(t, eps.ndim)
-    norms = {}
-    for policy in ("theta", None):
-        x_t, out = outs[policy]
-        x0_hat, _ = nft.predict_x0(x_t, out, alpha, sigma, model.prediction)
-        eps_hat = (x_t - alpha * x0_hat) / sigma
-        norms[policy] = (eps_hat - x0_hat).flatten(1).norm(dim=1)
-    ratio = norms["theta"] / norms[None]
-    return loss + weight * (ratio - 1).relu().square(), kl, ratio.detach()
-
-
-def hinged(weight):
-    """Parts for a loss with hinged_losses's penalty."""
-    return {"losses": functools.partial(hinged_losses, weight=weight)}
-
-
-def by_rank(raw, groups, z):
-    """r by an image's rank among those of its prompt: from 0, the worst, to 1, the best."""
-    rewards = raw.view(len(groups.unique()), -1)
-    below = (rewards[:, :, None] > rewards[:, None]).double().sum(2)
-    # An image is its own equal.
-    equal = (rewards[:, :, None] == rewards[:, None]).double().sum(2) - 1
-    return ((below + equal / 2) / (rewards.shape[1] - 1)).flatten().float()
-
-
-def ranked():
-    """Parts for r by rank."""
-    return {"weigh": by_rank}
-
-
-def extreme_images(model, rewards, numbered, key, policy):
-    """nft.collect of twice as many images: each prompt's worst and best, half and half, are kept.
-
-    After Sol-RL, arXiv 2604.06916: many cheap candidates, of which the most different are trained.
-    """
-    D = nft.collect(model, rewards, numbered, key, policy)
-    if key == ("probe",):
-        # The trial image.
-        return D
-    more = [(i + len(numbered), *rest) for i, *rest in numbered]
-    others = nft.collect(model, rewards, more, key, policy)
-    K = model.config.group_size
-    candidates = [x["scores"]["reward"].view(-1, K) for x in (D, others)]
-    order = torch.cat(candidates, 1).argsort(dim=1, stable=True)
-    chosen = torch.cat([order[:, : K // 2], order[:, K // 2 - K :]], 1)
-    # Candidate j of a prompt is its image j of the first half, or j - K of the second.
-    first = torch.arange(len(chosen))[:, None] * K
-    index = (first + chosen % K + len(numbered) * (chosen >= K)).flatten()
-
-    def choose(x, y):
-        return torch.cat([x, y])[index.to(x.device)]
-
-    kept = {}
-    for name in ("x_0", "condition", "scores"):
-        kept[name] = nft.map_tensors(choose, D[name], others[name])
-    return D | kept
-
-
-def extremes():
-    """Parts for images that are chosen from twice as many."""
-    return {"collect": extreme_images}
-
-
-def half_resolution_images(model, rewards, numbered, key, policy):
-    """nft.collect of pictures of half the height and width, which are enlarged to be scored."""
-    if key == ("probe",):
-        return nft.collect(model, rewards, numbered, key, policy)
-    size = model.net.config.sample_size * model.pipe.vae_scale_factor
-    enlarged = []
-    for name, weight, function in rewards:
-
-        def score(images, prompts, metadata, function=function):
-            images = F.interpolate(images, (size, size), mode="bilinear")
-            return function(images, prompts, metadata)
-
-        enlarged.append(nft.Reward(name, weight, score))
-    own = model.settings
-    model.settings = own | {"height": size // 2, "width": size // 2}
-    try:
-        return nft.collect(model, enlarged, numbered, key, policy)
-    finally:
-        model.settings = own
-
-
-def half_resolution():
-    """Parts for rollouts at half the resolution."""
-    return {"collect": half_resolution_images}
+    loss, kl, deviation = nft.pair_losses(model, pairs, t, eps)
+    alpha, sigma = model.noise_level(t)
+    return loss * (sigma / alpha) ** power * (alpha + sigma) / sigma, kl, deviation
 
 
 def guided_evaluate(run, rewards, prompts, iteration):
-    """nft.evaluate, and `eval_reward/guidance S`: the held-out reward when sampled so.
-
-    In one process.
-    """
-    fields = nft.evaluate(run, rewards, prompts, iteration)
+    """nft.evaluate, and `eval_reward/guidance S`: the held-out reward when sampled so."""
+    row = nft.evaluate(run, rewards, prompts, iteration)
     numbered = [(i, *prompt) for i, prompt in enumerate(prompts)]
     own = run.model.settings
-    try:
-        for scale in SCALES:
-            run.model.settings = own | {"guidance_scale": scale}
-            D = nft.collect(run.model, rewards, numbered, ("evaluation",), "ema")
-            fields[f"eval_reward/guidance {scale}"] = D["scores"]["reward"].mean().item()
-    finally:
-        run.model.settings = own
-    return fields
+    for scale in (1, 2, 3):
+        run.model.settings = own | {"guidance_scale": float(scale)}
+        D = nft.collect(run.model, rewards, numbered, ("evaluation",), "ema")
+        row[f"eval_reward/guidance {scale}"] = D["scores"]["reward"].mean().item()
+    run.model.settings = own
+    return row
 
 
-def guided():
-    """Parts for evaluation at SCALES of guidance, too."""
-    return {"evaluate": guided_evaluate}
-
-
-# ---- The sweep: what each method's settings were chosen from -------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """Learning rates times values of a method's own knob."""
-
-    model: str
-    rates: tuple
-    knob: str
-    values: tuple
-
-
-GRIDS = {
-    "nft": Grid("tiny", (1e-3, 2e-3, 4e-3), "beta", (1, 0.3)),
-    "ddpo": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
-    "loop": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
-    "dpok": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
-    "rwr": Grid("tiny", (1e-3, 2e-3, 4e-3), "temperature", (0.1, 0.3)),
-    "rft": Grid("tiny", (1e-3, 2e-3, 4e-3), "kl", (0, 0.1)),
-    "coca": Grid("tiny", (1e-3, 3e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
-    "rtb": Grid("tiny", (1e-3, 3e-3), "temperature", (1e-3, 1e-2, 1e-1)),
-    "flowgrpo": Grid("tiny-sd3", (1.5e-3, 3e-3, 6e-3), "clip_range", (1e-3, 1e-2, 1e-1)),
-    "nft-sd3": Grid("tiny-sd3", (1.5e-3, 3e-3, 6e-3), "beta", (1, 0.3)),
+PARTS = {
+    "positive only": {"losses": functools.partial(nft.pair_losses, loss=blackbox.positive_loss)},
+    "w = 1": {"losses": functools.partial(weighted_losses, a=1, b=0)},
+    "w = t": {"losses": functools.partial(weighted_losses, a=0, b=1)},
+    "w = 1 - t": {"losses": functools.partial(weighted_losses, a=1, b=-1)},
+    "weight σ/α": {"losses": functools.partial(eps_losses, power=1)},
+    "weight 1": {"losses": functools.partial(eps_losses, power=0)},
+    "guidance 1, 2, 3": {"evaluate": guided_evaluate},
 }
-# Where the best of a grid lay at its edge, and FlowGRPO without its KL.
-EDGES = [
-    ("nft", {"lr": 2e-3, "beta": 0.1}),
-    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0}),
-    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-2, "kl": 0}),
-    ("ddpo", {"lr": 6e-3, "clip_range": 1e-2}),
-    ("loop", {"lr": 6e-3, "clip_range": 1e-2}),
-    ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
-    ("coca", {"lr": 6e-3, "clip_range": 1e-2}),
-    ("rtb", {"lr": 5e-4, "temperature": 1e-3}),
-    ("rtb", {"lr": 1e-3, "temperature": 1e-4}),
-    ("nft-sd3", {"lr": 3e-3, "beta": 0.1}),
-]
-# Ten iterations flatter a learning rate that collapses later: these are run as long as in the
-# comparison, which has one more of DDPO, LOOP and DPOK each; FlowGRPO for 60 iterations.
-LONG = [
-    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0}),
-    ("flowgrpo", {"lr": 3e-3, "clip_range": 1e-3, "kl": 0.04}),
-    ("flowgrpo", {"lr": 1.5e-3, "clip_range": 1e-3, "kl": 0.04}),
-    ("flowgrpo", {"lr": 7.5e-4, "clip_range": 1e-3, "kl": 0.04}),
-    ("ddpo", {"lr": 1.5e-3, "clip_range": 1e-2}),
-    ("loop", {"lr": 3e-3, "clip_range": 1e-2}),
-    ("loop", {"lr": 1.5e-3, "clip_range": 1e-3}),
-    ("dpok", {"lr": 3e-3, "clip_range": 3e-4}),
-]
-# Rollouts of few steps for NFT, and for FlowGRPO training on a part of the steps, as its authors'
-# faster variant has it.
-FEW_NFT = {"warmup": 4, "beta": 0.3, "lr": 3e-3}
-FEW_FLOWGRPO = {"warmup": 4, "clip_range": 1e-3, "train_times": 3}
-FEW = [
-    ("nft-sd3", FEW_NFT | {"steps": 5, "train_times": 3, "z": 5.0}),
-    ("nft-sd3", FEW_NFT | {"steps": 5, "train_times": 3, "z": 1.5}),
-    ("nft-sd3", FEW_NFT | {"steps": 5, "train_times": 5, "z": 1.5}),
-    ("nft-sd3", FEW_NFT | {"steps": 3, "train_times": 3, "z": 1.5}),
-    ("flowgrpo", FEW_FLOWGRPO | {"lr": 1.5e-3}),
-    ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3}),
-    ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3, "clip_range": 1e-2}),
-    ("flowgrpo", FEW_FLOWGRPO | {"lr": 3e-3, "train_times": 5}),
-    ("flowgrpo", FEW_FLOWGRPO | {"lr": 1.5e-3, "steps": 6}),
-    ("flowgrpo", FEW_FLOWGRPO | {"lr": 7.5e-4, "steps": 6}),
-]
+
+# ---- The default runs, guided ones, and with the settings of Stable Diffusion 1.5 ----------------
+EXACT = nft.PRESETS["tiny"]["reward"]
+# Beside the reward, and only logged.
+ROUGH = f"{EXACT},roughness=0"
 
 
-def sweep_row(kind, key, iterations, eval_every, settings):
-    """A row of the sweep: `kind` is "sweep", "long" or "few", `key` one of GRIDS."""
-    model = GRIDS[key].model
-    # The learning rate stands last.
-    names = [name for name in settings if name != "lr"]
-    words = [f"{name}{settings[name]:g}" for name in [*names, "lr"]]
-    settings = settings | {"eval_every": eval_every}
-    method = key.removesuffix("-sd3")
-    name = "-".join([kind, key, *words])
-    return Row(name, method, method, model, iterations, settings)
+def as_sd15(lr):
+    """A row on tiny with the settings of sd15, wherever the two presets differ."""
+    own = ("model", "reward", "prompts", "eval_prompts", "batch_size")
+    sd15 = nft.Config(**nft.PRESETS["sd15"])
+    settings = {name: getattr(sd15, name) for name in nft.PRESETS["tiny"] if name not in own}
+    return Row(settings | {"model": "tiny", "lr": lr})
 
 
-def sweep():
-    """The rows of GRIDS and EDGES, ten iterations each, of LONG, and of FEW."""
-    rows = []
-    for key, grid in GRIDS.items():
-        for value in grid.values:
-            for lr in grid.rates:
-                rows.append(sweep_row("sweep", key, 10, 5, {"lr": lr, grid.knob: value}))
-    for key, settings in EDGES:
-        rows.append(sweep_row("sweep", key, 10, 5, settings))
-    for key, settings in LONG:
-        if key == "flowgrpo":
-            rows.append(sweep_row("long", key, 60, 4, settings))
-        else:
-            rows.append(sweep_row("long", key, 24, 2, settings))
-    for key, settings in FEW:
-        iterations = 60 if key == "flowgrpo" else 20
-        rows.append(sweep_row("few", key, iterations, 4, settings))
-    return rows
+ROWS = {
+    "tiny": Row({"model": "tiny", "reward": ROUGH, "eval_every": 1}),
+    "tiny-sd3": Row({"model": "tiny-sd3", "reward": ROUGH, "eval_every": 4}),
+    "guidance-1": Row({"model": "tiny", "guidance": 1.0}, parts="guidance 1, 2, 3"),
+    "guidance-2": Row({"model": "tiny", "guidance": 2.0}, parts="guidance 1, 2, 3"),
+    "as-sd15": as_sd15(lr=3e-4),
+    "as-sd15-lr-1e-3": as_sd15(lr=1e-3),
+}
 
-
-# ---- The other figures ---------------------------------------------------------------------------
-# What the sweep chose. Of the ten-iteration rows: the best held-out accuracy at the end, and where
-# several lie within 0.02 of it, the best training reward. Of LONG: the best accuracy on the way.
+# ---- The comparison, and the sweep that its settings are chosen from -----------------------------
+SCHEDULE = {"steps": 10, "eval_steps": 10, "z": 5.0, "ema": 0.9, "updates": 4, "batch_size": 64}
+# These train some noise levels of an image, the others all steps of its rollout.
+DENOISING = ("nft", "rwr", "rft")
+# What the sweep chose.
 TUNED = {
     "nft": {"lr": 2e-3, "beta": 0.3},
     "ddpo": {"lr": 3e-3, "clip_range": 1e-2},
-    "loop": {"lr": 3e-3, "clip_range": 1e-3},
     "dpok": {"lr": 1.5e-3, "clip_range": 3e-4},
-    "rwr": {"lr": 2e-3, "temperature": 0.1},
-    "rft": {"lr": 2e-3, "kl": 0},
+    "loop": {"lr": 3e-3, "clip_range": 1e-3},
     "coca": {"lr": 3e-3, "clip_range": 1e-2},
+    "flowgrpo": {"lr": 3e-3, "clip_range": 1e-2},
     "rtb": {"lr": 1e-3, "temperature": 1e-3},
+    "rwr": {"lr": 2e-3, "temperature": 0.1},
+    "rft": {"lr": 2e-3, "kl": 0.0},
+}
+# On tiny-sd3 two methods were swept, the others are as on tiny.
+TUNED_SD3 = TUNED | {
+    "nft": {"lr": 3e-3, "beta": 0.3},
     "flowgrpo": {"lr": 7.5e-4, "clip_range": 1e-3},
-    "nft-sd3": {"lr": 3e-3, "beta": 0.3},
 }
-LABELS = {
-    "nft": "NFT",
-    "ddpo": "DDPO",
-    "loop": "LOOP",
-    "dpok": "DPOK",
-    "rwr": "RWR",
-    "rft": "RFT",
-    "coca": "CoCA",
-    "rtb": "RTB",
+
+
+def compared(method, model="tiny", parts="", seeds=Row.seeds, **changes):
+    """A row of SCHEDULE with a method's tuned settings, and changes to these."""
+    settings = SCHEDULE | {"model": model, "iterations": 24, "eval_every": 2}
+    if method in DENOISING:
+        settings["train_times"] = 3
+    tuned = TUNED if model == "tiny" else TUNED_SD3
+    return Row(settings | tuned[method] | changes, method, parts, seeds=seeds)
+
+
+ROWS |= {f"tiny-{method}": compared(method) for method in TUNED}
+ROWS |= {f"sd3-{method}": compared(method, "tiny-sd3") for method in TUNED}
+# Few steps, on tiny: fewer levels, too.
+FEW = {"iterations": 12, "steps": 5, "ema": 0.8}
+ROWS |= {f"few-{method}": compared(method, **FEW) for method in ("ddpo", "dpok", "loop")}
+ROWS |= {f"few-{method}": compared(method, train_times=2, **FEW) for method in DENOISING}
+ROWS |= {
+    # Ten times as long as NFT.
+    "sd3-flowgrpo": compared("flowgrpo", "tiny-sd3", iterations=192, eval_every=6),
+    # The order of work of the released script: all levels, its KL of 1e-4 over its loss's factor 5.
+    "sd3-released": compared("nft", "tiny-sd3", train_times=9, kl=2e-5),
+    # The presets as they are, but for the quickest beta.
+    "tiny-nft-preset": Row({"model": "tiny", "beta": 0.1, "eval_every": 1}),
+    "sd3-nft-preset": Row({"model": "tiny-sd3", "beta": 0.1, "eval_every": 2}),
 }
-# The ablations' own settings: a learning rate at which not everything works for a while.
-ABLATED = {
-    "tiny": {"lr": 2e-3, "beta": 1.0, "eval_every": 3},
-    "tiny-sd3": {"lr": 3e-3, "beta": 1.0, "eval_every": 4},
+
+KNOBS = dict.fromkeys(TUNED, ("clip_range", (1e-3, 1e-2, 1e-1))) | {
+    "nft": ("beta", (0.1, 0.3, 1.0)),
+    "rtb": ("temperature", (1e-4, 1e-3, 1e-2)),
+    "rwr": ("temperature", (0.1, 0.3)),
+    "rft": ("kl", (0.0, 0.1)),
 }
-ABLATED_ITERATIONS = {"tiny": 12, "tiny-sd3": 16}
+RATES = {"tiny": (1e-3, 2e-3, 4e-3), "tiny-sd3": (7.5e-4, 1.5e-3, 3e-3)}
 
 
-def compared(method):
-    """A row of the comparison on tiny."""
-    settings = TUNED[method] | {"eval_every": 2}
-    return Row(f"tiny-{method}", LABELS[method], method, "tiny", 24, settings)
+def swept(model, method):
+    """{name: row}: learning rates times values of the method's knob, ten iterations of seed 0."""
+    knob, values = KNOBS[method]
+    found = {}
+    for lr in RATES[model]:
+        for value in values:
+            changes = {"iterations": 10, "eval_every": 5, "lr": lr, knob: value}
+            name = f"sweep-{model}-{method}-{lr:g}-{value:g}"
+            found[name] = compared(method, model, seeds=(0,), **changes)
+    return found
 
 
-def compared_few(method, **settings):
-    """A row of the comparison on tiny with few steps; all share these, the warm-up and the EMA."""
-    shared = {"steps": 5, "warmup": 4, "ema": 0.8, "eval_every": 2}
-    label = f"{LABELS[method]}, 5 steps"
-    settings = TUNED[method] | shared | settings
-    return Row(f"few-tiny-{method}", label, method, "tiny", 12, settings)
+SWEEP = {}
+for model in RATES:
+    for method in KNOBS:
+        SWEEP |= swept(model, method)
+ROWS |= SWEEP
 
 
-def third(name, iterations, **settings):
-    """The default run, `python nft.py`, with some flags, on the way to it or beside it."""
-    return preset("tiny", f"third-{name}", iterations, **settings)
+# ---- Ablations: at a beta at which not everything works ------------------------------------------
+def ablated(parts="", model="tiny", **changes):
+    """A row that changes what is said."""
+    settings = {"iterations": 12, "eval_every": 3, "beta": 1.0} | changes
+    return compared("nft", model, parts, **settings)
 
 
-def ablated(name="default", model="tiny", label="", change=None, reuse=1, **settings):
-    """A row of an ablation; without arguments the one that all others of its model change."""
-    return Row(
-        name=f"{name}-{model}",
-        label=label or describe(settings) or name,
-        method="nft",
-        model=model,
-        iterations=ABLATED_ITERATIONS[model],
-        settings=ABLATED[model] | settings,
-        change=change,
-        reuse=reuse,
-    )
-
-
-def signal_row(name="default", change=None, reuse=1, **settings):
-    """A row on what an image is worth; without arguments the one that all others change."""
-    label = describe(settings) or name
-    if change is not None:
-        label = name.replace("-", " ")
-    return Row(
-        name=f"signal-{name}",
-        label=label,
-        method="nft",
-        model="tiny",
-        iterations=12,
-        settings=TUNED["nft"] | {"eval_every": 2} | settings,
-        change=change,
-        reuse=reuse,
-    )
-
-
-def epsilon_row(name, label, change=None, **settings):
-    """The default run, twice as long, with one thing changed."""
-    settings = {"eval_every": 11, "watch": "brightness,saturation"} | settings
-    return Row(f"epsilon-{name}", label, "nft", "tiny", 22, settings, change, pinned=False)
-
-
-# The flow code's loss: of x_0, word for word, with its KL and without warm-up.
-FLOW_LOSS = functools.partial(eps_weighted, x0_weight, scaled=False)
-FLOW_SETTINGS = {"kl": 1e-4, "warmup": 0}
-# A learned reward; the exact one is watched.
-EXACT = nft.PRESETS["tiny"]["reward"]
-LEARNED = {"reward": "learned", "watch": f"{EXACT},brightness,saturation"}
-
-
-def order_of_work(name, label, iterations, **settings):
-    """A row on tiny-sd3; all share learning rate and beta."""
-    settings = TUNED["nft-sd3"] | {"eval_every": 2} | settings
-    return Row(f"order-{name}", f"NFT, {label}", "nft", "tiny-sd3", iterations, settings)
-
-
-# The released script's order of work, by nft.py.
-RELEASED = order_of_work("released", "released order", 24, train_times=9, warmup=0, kl=2e-5)
-FIVE_STEPS = order_of_work("5-steps", "5 steps", 32, steps=5)
-
-
-def flowgrpo(name, label, iterations, **settings):
-    """A row on tiny-sd3, longer than NFT's."""
-    settings = TUNED["flowgrpo"] | {"eval_every": 6} | settings
-    return Row(f"tiny-sd3-{name}", label, "flowgrpo", "tiny-sd3", iterations, settings)
-
-
-def preset(model, name="preset", iterations=None, change=None, **settings):
-    """A row that is `python nft.py --model MODEL`, with some settings."""
-    command = f"python nft.py --model {model}"
-    if model == "tiny":
-        command = "python nft.py"
-    if iterations:
-        command += f" --iterations {iterations}"
-    for key, value in settings.items():
-        command += f" {nft.FLAGS[key]} {value}"
-    return Row(
-        name=f"{name}-{model}",
-        label=command,
-        method="nft",
-        model=model,
-        iterations=iterations or nft.PRESETS[model]["iterations"],
-        settings=settings,
-        change=change,
-        pinned=False,
-    )
-
-
-# The default run before rollouts were coarser than evaluation, and r was spread more.
-BEFORE = {"batch_size": 64, "train_times": 3, "z": 5.0, "warmup": 10, "ema": 0.9}
-
-
-FIGURES = {
-    "default": [preset("tiny"), preset("tiny-sd3")],
-    "third": [
-        third("before", 24, **BEFORE, steps=10),
-        third("5-steps", 16, **BEFORE),
-        third("2-levels", 12, batch_size=64),
-        third("z-2", 12, batch_size=64, z=2.0),
-        third("updates-6", 12, batch_size=64, updates=6),
-        third("4-steps", 12, batch_size=64, steps=4),
-        third("lr-3e-3", 12, batch_size=64, lr=3e-3),
-        third("1-level", 16, batch_size=64, train_times=1),
-        third("kl-0", 12, batch_size=64, kl=0.0),
-        preset("tiny"),
-        preset("tiny-sd3", "third-5-steps", steps=5, eval_steps=10),
-        preset("tiny-sd3", "third-8-updates", updates=8, train_times=3),
-        preset("tiny-sd3", "third-8-groups", groups=8),
-        preset("tiny-sd3"),
-    ],
-    "tiny": [
-        compared(method) for method in ("nft", "ddpo", "dpok", "loop", "coca", "rtb", "rwr", "rft")
-    ],
-    "few-tiny": [
-        compared_few("nft", train_times=2, z=1.5),
-        compared_few("rwr", train_times=2),
-        compared_few("rft", train_times=2),
-        # They train all steps of their rollouts.
-        compared_few("ddpo"),
-        compared_few("dpok"),
-        compared_few("loop"),
-    ],
-    "tiny-sd3": [RELEASED, flowgrpo("flowgrpo", "FlowGRPO", 192)],
-    "few": [
-        FIVE_STEPS,
-        flowgrpo("few", "FlowGRPO, 3 of 6 steps", 60, **FEW_FLOWGRPO, steps=6),
-    ],
-    "negative": [
-        ablated(),
-        ablated("positive", label="without it", change=positive_only),
-        ablated(model="tiny-sd3"),
-        ablated("positive", "tiny-sd3", label="without it", change=positive_only),
-    ],
-    "solvers": [
-        ablated(),
-        ablated("solver-ddim", solver="ddim"),
-        ablated("solver-dpm2-sde", solver="dpm2-sde"),
-    ],
-    "eta": [
-        ablated(),
-        ablated("eta-0", eta="0"),
-        ablated("eta-0.9", eta="0.9"),
-        ablated("eta-slow", eta="4,0.1,0.999"),
-    ],
-    "weighting": [
-        ablated(model="tiny-sd3"),
-        ablated("w=1", "tiny-sd3", change=functools.partial(weighted, constant_weight)),
-        ablated("w=t", "tiny-sd3", change=functools.partial(weighted, rising_weight)),
-        ablated("w=1-t", "tiny-sd3", change=functools.partial(weighted, falling_weight)),
-    ],
-    "beta": [
-        ablated(),
-        ablated("beta-0.1", beta=0.1),
-        ablated("beta-0.3", beta=0.3),
-        ablated("beta-3", beta=3),
-    ],
-    "off-policy": [ablated(), ablated("reused-4", reuse=4)],
-    "signal": [
-        signal_row(),
-        signal_row("skip", change=skipping),
-        signal_row("times-1", train_times=1),
-        signal_row("updates-2", updates=2),
-        signal_row("updates-8", updates=8),
-        signal_row("groups-8", groups=8, group_size=24),
-        signal_row("groups-32", groups=32, group_size=6),
-    ],
-    "released": [
-        RELEASED,
-        FIVE_STEPS,
-        order_of_work("5-steps-1-time", "1 level", 32, steps=5, train_times=1, warmup=3),
-        order_of_work("z-1.5", "wide r", 24, steps=5, train_times=9, warmup=4, kl=0, z=1.5),
-    ],
-    "literature": [
-        signal_row(),
-        signal_row("shared", functools.partial(literature, shared=True)),
-        signal_row("stratified", functools.partial(literature, stratified=True)),
-        signal_row("rank", ranked),
-        # As wide a spread of r, without ranks.
-        signal_row("z-1.5", z=1.5),
-        signal_row("extremes", extremes, reuse=1 / 2, steps=3),
-        signal_row("half-resolution", half_resolution),
-        # A weight of 0 measures the ratio of the norms, and changes nothing.
-        signal_row("norm-hinge-0", functools.partial(hinged, 0.0)),
-        signal_row("norm-hinge-10", functools.partial(hinged, 10.0)),
-    ],
-    "epsilon": [
-        epsilon_row("default", "default: weight σ/(α+σ), KL 0.1"),
-        epsilon_row("released", "the flow code's loss", FLOW_LOSS, **FLOW_SETTINGS),
-        epsilon_row(
-            "eps", "weight 1: ε normalised by itself", functools.partial(eps_weighted, even_weight)
-        ),
-        epsilon_row("kl-0", "KL 0", kl=0),
-        epsilon_row("kl-0.3", "KL 0.3", kl=0.3),
-        epsilon_row("no-warmup", "no warm-up", warmup=0),
-        epsilon_row("large-step", "learning rate 0.01", lr=1e-2),
-    ],
-    "learned": [
-        epsilon_row("learned", "default", **LEARNED),
-        epsilon_row("learned-released", "the flow code's", FLOW_LOSS, **FLOW_SETTINGS, **LEARNED),
-    ],
-    "long": [
-        preset("tiny", "long", 100, eval_every=10),
-        preset("tiny-sd3", "long", 80, eval_every=20),
-    ],
-    "guidance": [
-        preset("tiny", "guidance-1", change=guided, guidance=1),
-        preset("tiny", "guidance-2", change=guided, guidance=2),
-    ],
-    "precision": [
-        signal_row(),
-        signal_row("bf16", precision="bf16"),
-        signal_row("fp16", precision="fp16"),
-    ],
-    "sweep": sweep(),
+ROWS |= {
+    "base": ablated(),
+    "positive": ablated("positive only"),
+    "beta-0.1": ablated(beta=0.1),
+    "beta-0.3": ablated(beta=0.3),
+    "beta-3": ablated(beta=3.0),
+    "eta-0": ablated(eta="0"),
+    "eta-0.5": ablated(eta="0.5"),
+    "eta-0.9": ablated(eta="0.9"),
+    "ddim": ablated(solver="ddim"),
+    "dpm2-sde": ablated(solver="dpm2-sde"),
+    "levels-1": ablated(train_times=1),
+    "levels-10": ablated(train_times=10),
+    "bf16": ablated(precision="bf16"),
+    "fp16": ablated(precision="fp16"),
+    "sd3-base": ablated(model="tiny-sd3"),
+    "sd3-positive": ablated("positive only", "tiny-sd3"),
+    "sd3-w=1": ablated("w = 1", "tiny-sd3"),
+    "sd3-w=t": ablated("w = t", "tiny-sd3"),
+    "sd3-w=1-t": ablated("w = 1 - t", "tiny-sd3"),
 }
-# Those of --quick.
-QUICK = ("default", "tiny", "negative")
-TITLES = {
-    "default": "The default runs",
-    "third": "On the way to the default runs, and beside it",
-    "sweep": "Sweep",
-    "tiny": "Comparison on tiny, which predicts eps",
-    "few-tiny": "Comparison on tiny, few steps",
-    "tiny-sd3": "Comparison on tiny-sd3, a flow",
-    "few": "Comparison on tiny-sd3, few steps",
-    "negative": "Negative branch: default, or without it",
-    "solvers": "Figure 7, solver of the rollouts: default dpm2",
-    "eta": "Figure 8, eta: default 0,0.001,0.5",
-    "weighting": "Figure 9, weighting: default adaptive",
-    "beta": "Figure 10, beta: default 1",
-    "off-policy": "Images trained on k times: default once",
-    "released": "The released order of work, and coarser rollouts, on tiny-sd3",
-    "literature": "From the literature: default as above",
-    "epsilon": "What keeps eps-prediction healthy",
-    "learned": "The same with a learned reward",
-    "long": "Long runs",
-    "guidance": "Sampled with guidance 1, 2 and 3",
-    "precision": "Precision of the base: default fp32",
-    "signal": "What an image is worth: default 16 groups of 12, 3 times, 4 updates, beta 0.3",
+ABLATIONS = {
+    "the negative branch": ["base", "positive", "sd3-base", "sd3-positive"],
+    "β": ["base", "beta-0.1", "beta-0.3", "beta-3"],
+    "η": ["base", "eta-0", "eta-0.5", "eta-0.9"],
+    "the rollouts' solver": ["base", "ddim", "dpm2-sde"],
+    "noise levels": ["base", "levels-1", "levels-10"],
+    "weighting": ["sd3-base", "sd3-w=1", "sd3-w=t", "sd3-w=1-t"],
 }
+
+# ---- What keeps eps-prediction healthy -----------------------------------------------------------
+LOOKS = ",examples/rewards/roughness.py:brightness=0,examples/rewards/roughness.py:saturation=0"
+LEARNED = f"learned,{EXACT}=0,roughness=0"
+
+
+def epsilon(parts="", reward=ROUGH, **changes):
+    """The default run, twice as long, with one thing changed; the pictures' looks are logged."""
+    settings = {"model": "tiny", "iterations": 22, "eval_every": 11, "reward": reward + LOOKS}
+    return Row(settings | changes, parts=parts)
+
+
+EPSILON = {
+    "eps-base": epsilon(),
+    "eps-flow": epsilon("weight σ/α", kl=2e-5),
+    "eps-even": epsilon("weight 1"),
+    "eps-kl-0": epsilon(kl=0.0),
+    "eps-kl-0.3": epsilon(kl=0.3),
+    "eps-large-lr": epsilon(lr=1e-2),
+}
+ROWS |= EPSILON | {
+    "learned": epsilon(reward=LEARNED),
+    "learned-flow": epsilon("weight σ/α", reward=LEARNED, kl=2e-5),
+}
+
+# ---- Studies that print a table of their own -----------------------------------------------------
+ROWS |= {
+    "blackbox": Row(script="examples/studies/blackbox.py", prints=True, seeds=(0,)),
+    "control": Row(script="examples/studies/control.py", prints=True, seeds=(0,)),
+    "memory": Row(script="examples/studies/bench.py --simulate", prints=True, seeds=(0,)),
+    "speed": Row(script="examples/studies/bench.py", prints=True, seeds=(0,)),
+}
+
+
+# ---- Tables {name: (rows, columns)}, plots {file: {title: rows}}; columns are report.cell's ------
+ENDS = ["end", "best"]
+SPENT = ["images", "evaluations", "minutes"]
+RACE = [*ENDS, "evaluations to 0.5", "evaluations to 0.7", "seconds to 0.5", "seconds to 0.7"]
+LOOK = [*ENDS, "roughness", "brightness", "saturation"]
+COMPARED = [f"tiny-{method}" for method in TUNED] + ["tiny-nft-preset"]
+COMPARED_SD3 = [f"sd3-{method}" for method in TUNED] + ["sd3-nft-preset", "sd3-released"]
+ABLATED = list(dict.fromkeys(name for names in ABLATIONS.values() for name in names))
+TABLES = {
+    "default": (["tiny", "tiny-sd3"], ["accuracy", "roughness", *SPENT]),
+    "guidance": (["guidance-1", "guidance-2"], ["guidance 1", "guidance 2", "guidance 3"]),
+    "as-sd15": (["as-sd15", "as-sd15-lr-1e-3"], [*ENDS, *SPENT]),
+    "comparison": (COMPARED, RACE),
+    "comparison-sd3": (COMPARED_SD3, [*RACE, "evaluations to 0.6", "seconds to 0.6"]),
+    "few": ([f"few-{method}" for method in (*DENOISING, "ddpo", "dpok", "loop")], RACE[:4]),
+    "sweep": (list(SWEEP), ENDS),
+    "ablations": (ABLATED, [*ENDS, "evaluations to 0.5"]),
+    "precision": (["base", "bf16", "fp16"], ENDS),
+    "epsilon": (list(EPSILON), LOOK),
+    "learned": (["learned", "learned-flow"], [*LOOK, "learned"]),
+}
+PLOTS = {
+    "reward_curve.png": {"the default runs": ["tiny", "tiny-sd3"]},
+    "comparison.png": {"on tiny": COMPARED, "on tiny-sd3": COMPARED_SD3},
+    "ablations.png": ABLATIONS,
+    "as_sd15.png": {"tiny, trained as sd15 is": ["as-sd15", "as-sd15-lr-1e-3"]},
+}
+# Those of --quick, cut to four iterations.
+QUICK = ["tiny", "tiny-nft", "tiny-ddpo", "tiny-rft", "base", "positive", "sd3-flowgrpo"]

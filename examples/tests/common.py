@@ -9,6 +9,8 @@ SPDX-License-Identifier: MIT
 import functools
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -44,12 +46,23 @@ def minus_red(images, prompts, metadata):
 '''
 
 
+def copy_of(name, folder, **scheduler):
+    """A copy of a pipeline's directory that a test may change; settings of its scheduler."""
+    shutil.copytree(ROOT / name, folder)
+    file = folder / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    return folder
+
+
 @functools.cache
 def root():
-    """ROOT, with the untrained pipelines sd15, sdxl, sd3, flux, the hub cache and small files."""
+    """ROOT: untrained pipelines sd15, sdxl, sd15-v, sd3, flux, the hub cache and small files."""
     untrained.build(ROOT)
     (ROOT / "reward.py").write_text(REWARDS)
     (ROOT / "train.txt").write_text("\n".join(TEXTS) + "\n")
+    # v-prediction, whose schedule ends in pure noise.
+    v = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    copy_of("sd15", ROOT / "sd15-v", **v, timestep_spacing="trailing")
     return ROOT
 
 
@@ -70,7 +83,6 @@ def settings(pipeline, **changes):
         "rank": 4,
         "lr": 0.01,
         "z": 2.0,
-        "warmup": 3,
         "beta": 0.7,
         "kl": 0.5,
         "ema": 0.8,
@@ -79,7 +91,7 @@ def settings(pipeline, **changes):
         "eval_every": 2,
         "device": "cpu",
     }
-    if "sd15" not in str(pipeline):
+    if Path(pipeline).name in ("sd3", "flux"):
         small["max_sequence_length"] = 2
     small |= changes
     return {name: value for name, value in small.items() if value is not None}
@@ -108,6 +120,19 @@ def run(pipeline, out, status=0, **changes):
     return Path(out)
 
 
+def train(pipeline, out, parts=None, **changes):
+    """A small run as a library, with parts of Algorithm 1; returns its rows."""
+    config = nft.configure(out=out, **settings(pipeline, **changes))
+    return nft.train(config, **(parts or {}))
+
+
+def start(words, *launcher, script=REPOSITORY / "nft.py", **options):
+    """python [launcher] nft.py in a process of its own, with one thread; how it ended."""
+    call = [sys.executable, *launcher, script, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    return subprocess.run(call, capture_output=True, text=True, env=environment, **options)
+
+
 @functools.cache
 def finished(pipeline):
     """The directory of a finished run of two iterations: change only copies of it."""
@@ -126,7 +151,7 @@ def new_model(pipeline, filled=False, **changes):
 
 
 def checkpoint(out):
-    """What a run's checkpoint holds: rows, prompts, lora, optimizer, scaler."""
+    """What a run's checkpoint holds: config, rows, lora, optimizer, scaler."""
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
 
 

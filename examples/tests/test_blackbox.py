@@ -1,26 +1,14 @@
-"""blackbox.py: its functions, its count of calls, its methods.
+"""blackbox.py: its functions, its flow, its methods. Each test's docstring states a law.
 
-Each test's docstring states a law.
 SPDX-License-Identifier: MIT
 """
-
-import importlib.util
 
 import blackbox
 import pytest
 import torch
 from torch.testing import assert_close
 
-CALLS = 600
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in blackbox.compare_all."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+import nft
 
 
 @pytest.fixture(autouse=True)
@@ -28,154 +16,82 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
-def flow():
-    """A flow fitted, for a shorter time, to the worse nine tenths of Ackley's data."""
-    torch.manual_seed(0)
-    x, _, _ = blackbox.offline_data(blackbox.ackley)
-    return blackbox.fit(x, steps=300)
-
-
 @pytest.mark.parametrize("function", blackbox.FUNCTIONS.values())
 def test_minimum_is_known(function):
-    """A function is 0 at its minimum, inside the box, and more around it and elsewhere."""
-    at_minimum = blackbox.MINIMUM[None] / blackbox.HALF_WIDTH
-    assert at_minimum.abs().max() < 0.5
-    oracle = blackbox.Oracle(function, 1)
-    assert_close(oracle(at_minimum), torch.zeros(1), rtol=0, atol=1e-4)
-    near = 0.1 * torch.randn(100, blackbox.DIMENSIONS)
-    far = 5 * torch.randn(100, blackbox.DIMENSIONS)
-    assert function(near).min() > 0.01
-    assert function(far).min() > function(near).max()
-
-
-def test_best_tenth_is_held_out():
-    """500 of 5000 points are left out, and every kept one is worse than the best of them."""
-    x, values, held_out = blackbox.offline_data(blackbox.ackley)
-    assert x.shape == (4500, blackbox.DIMENSIONS)
-    torch.manual_seed(0)
-    points = 2 * torch.rand(5000, blackbox.DIMENSIONS) - 1
-    everything = blackbox.Oracle(blackbox.ackley, 5000)(points)
-    assert held_out == everything.min().item()
-    assert values.min() > everything.sort().values[499]
-
-
-def test_oracle_keeps_the_best_of_its_calls():
-    """The record is the running minimum, one entry a call, and ends with the calls."""
-    oracle = blackbox.Oracle(blackbox.rastrigin, 150)
-    points = torch.rand(200, blackbox.DIMENSIONS)
-    values = torch.cat([oracle(points[:100]), oracle(points[100:])])
-    assert oracle.spent()
-    assert_close(torch.tensor(oracle.best), values[:150].cummin(0).values)
-
-
-def test_points_outside_count_as_the_nearest_inside():
-    """No method gains by leaving the box."""
-    oracle = blackbox.Oracle(blackbox.rosenbrock, 2)
-    outside = 3 * torch.randn(2, blackbox.DIMENSIONS)
-    assert_close(oracle(outside), oracle(outside.clamp(-1, 1)))
+    """A function is 0 at its minimum, and more around it and elsewhere."""
+    minimum = blackbox.MINIMUM[None] / 5
+    assert_close(function(minimum), torch.zeros(1), rtol=0, atol=1e-4)
+    offsets = torch.randn(100, blackbox.DIMENSIONS)
+    assert function(minimum + 0.02 * offsets).min() > 0.01
+    assert function(minimum + offsets).min() > function(minimum + 0.02 * offsets).max()
 
 
 def test_weights():
-    """Both orders are the reward's; r averages 1/2 and RWR's weights 1; only its share moves."""
+    """Both follow the rewards' order; r averages 1/2 and RWR's weights 1, in any unit."""
     raw = torch.linspace(-3, 1, 50)
-    r = blackbox.optimality(raw)
-    weight = blackbox.exponential_weights(raw)
-    assert r.mean().item() == pytest.approx(0.5)
-    assert weight.mean().item() == pytest.approx(1)
-    assert r.diff().min() >= 0
-    assert weight.diff().min() > 0
-    # Units and origin of the function do not matter.
-    assert_close(blackbox.exponential_weights(10 * raw + 7), weight)
-    assert_close(blackbox.optimality(10 * raw + 7), r, rtol=0, atol=1e-3)
+    for (weigh, z, _, _), mean in ((blackbox.NFT, 0.5), (blackbox.RWR, 1.0)):
+        weight = weigh(raw, torch.zeros(50), z)
+        assert weight.mean().item() == pytest.approx(mean)
+        assert weight.diff().min() >= 0
+        assert weight[-1] > 1.5 * weight[25]
+        assert_close(weigh(10 * raw + 7, torch.zeros(50), z), weight, rtol=1e-3, atol=1e-3)
+
+
+def test_positive_loss_is_half_of_eq_5():
+    """With the negative branch, which is its mirror about the old policy, it is nft.nft_loss."""
+    theta, old, x_0 = torch.randn(3, 10, 4)
+    r = torch.rand(10)
+    positive = blackbox.positive_loss(theta, old, x_0, r, 0.7)
+    negative = blackbox.positive_loss(2 * old - theta, old, x_0, 1 - r, 0.7)
+    assert_close(positive + negative, nft.nft_loss(theta, old, x_0, r, 0.7))
 
 
 def test_flow_has_the_mean_and_spread_of_its_data():
-    """Flow matching and the solver return the distribution that they were given."""
-    centre = torch.linspace(-0.5, 0.5, blackbox.DIMENSIONS)
-    x = centre + 0.3 * torch.randn(4000, blackbox.DIMENSIONS)
-    samples = blackbox.sample(blackbox.fit(x, steps=400), 4000)
-    assert_close(samples.mean(0), centre, rtol=0, atol=0.06)
-    assert samples.std(0).mean().item() == pytest.approx(0.3, abs=0.04)
+    """Flow matching and the solver return the distribution given the condition."""
+    c = torch.randint(2, (4000, 1)) - 0.5
+    x = c + 0.3 * torch.randn(4000, blackbox.DIMENSIONS)
+    residual = blackbox.sample(blackbox.fit(x, c, steps=400), c) - c
+    assert residual.mean(0).abs().max() < 0.06
+    assert residual.std(0).mean().item() == pytest.approx(0.3, abs=0.04)
 
 
-NFT = (blackbox.optimality, blackbox.nft_losses)
-RWR = (blackbox.exponential_weights, blackbox.rwr_losses)
+@pytest.mark.parametrize("method", (blackbox.NFT, blackbox.RWR))
+def test_flow_improves(method):
+    """Six rounds find better points than as many uniform ones, and repeat exactly."""
+    data = 2 * torch.rand(5000, blackbox.DIMENSIONS) - 1
+    flow = blackbox.fit(data, torch.empty(5000, 0), steps=300)
+    values = blackbox.improve(blackbox.ackley, 600, 0, flow, *method)
+    assert values.min() < blackbox.ackley(data[:600]).min() - 1
+    # So the flow that it began with is as it was.
+    assert_close(blackbox.improve(blackbox.ackley, 200, 0, flow, *method), values[:200])
 
 
-@pytest.mark.parametrize("parts", (NFT, RWR))
-def test_flow_improves(flow, parts):
-    """Six rounds find better points than as many uniform ones."""
-    oracle = blackbox.Oracle(blackbox.ackley, CALLS)
-    _, means = blackbox.improve(oracle, flow, *parts)
-    uniform = blackbox.Oracle(blackbox.ackley, CALLS)
-    blackbox.random_search(uniform, seed=0)
-    assert len(oracle.best) == len(uniform.best) == CALLS
-    assert means[-1] < means[0] - 2
-    assert oracle.best[-1] < uniform.best[-1] - 1
+def test_no_point_gains_by_leaving_the_box():
+    """A flow far outside gets the values of the corner nearest to it."""
+    flow = torch.nn.Sequential(torch.nn.Linear(23, blackbox.DIMENSIONS))
+    torch.nn.init.constant_(flow[0].bias, -9.0)
+    values = blackbox.improve(blackbox.rastrigin, 100, 0, flow, *blackbox.RWR)
+    assert_close(values, blackbox.rastrigin(torch.ones(100, blackbox.DIMENSIONS)))
 
 
-def two_rounds(flow, parts):
-    """The best values of two seeded rounds."""
-    torch.manual_seed(1)
-    oracle = blackbox.Oracle(blackbox.ackley, 200)
-    blackbox.improve(oracle, flow, *parts)
-    return oracle.best
-
-
-@pytest.mark.parametrize("parts", (NFT, RWR))
-def test_seed_fixes_everything(flow, parts):
-    """A run repeats exactly, and leaves the flow that it began with as it was."""
-    assert two_rounds(flow, parts) == two_rounds(flow, parts)
-
-
-def test_random_search_draws_other_points_than_the_data():
-    """With equal seeds, its best is not the data's."""
-    torch.manual_seed(0)
-    _, _, held_out = blackbox.offline_data(blackbox.ackley)
-    torch.manual_seed(0)
-    oracle = blackbox.Oracle(blackbox.ackley, 5000)
-    blackbox.random_search(oracle, seed=0)
-    assert oracle.best[-1] != held_out
-    assert oracle.best[-1] == pytest.approx(held_out, abs=1)
-
-
-@pytest.mark.parametrize("batch", (12, 100))
-def test_cma_es(batch):
-    """It spends exactly its calls, and finds a better point than uniform search does."""
+def test_methods_are_compared(tmp_path):
+    """Each has one best value a call, never rising; the data's best tenth is held out."""
     pytest.importorskip("cma")
-    x, values, _ = blackbox.offline_data(blackbox.ackley)
-    oracle = blackbox.Oracle(blackbox.ackley, CALLS)
-    blackbox.cma_es(oracle, x[values.argmin()], seed=0, batch=batch)
-    uniform = blackbox.Oracle(blackbox.ackley, CALLS)
-    blackbox.random_search(uniform, seed=0)
-    assert len(oracle.best) == CALLS
-    assert oracle.best[-1] < uniform.best[-1]
-
-
-def test_picture_is_drawn(tmp_path):
-    """A panel a function, also where a method has found the minimum itself."""
     pytest.importorskip("matplotlib")
-    found = [({"one": [3.0, 0.0], "other": [2.0, 1.0]}, 4.0, 1.5)] * 2
-    blackbox.draw(tmp_path / "blackbox.png", {"ackley": found, "rastrigin": found})
-    assert (tmp_path / "blackbox.png").read_bytes().startswith(b"\x89PNG")
+    curves = blackbox.compare(blackbox.ackley, 200, 0)
+    for best in curves.values():
+        assert len(best) == 200
+        assert (best.diff() <= 0).all()
+    assert curves["CMA-ES"][-1] < curves["random search"][-1]
+    torch.manual_seed(0)
+    values = blackbox.ackley(2 * torch.rand(5000, blackbox.DIMENSIONS) - 1).sort().values
+    assert (curves["held-out data"][0], curves["the data"][0]) == (values[0], values[500])
+    blackbox.draw(tmp_path / "two.png", {"one": [curves], "two": [curves]})
+    assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_has_means_and_seeds(capsys):
-    """The mean, then each seed, after a tenth, a half and all of the calls."""
-    curves = [[9.0] * 2 + [8.0] * 8 + [7.0] * 10, [5.0] * 2 + [4.0] * 8 + [3.0] * 10]
-    found = [({"method": curve}, 4.0, 1.5) for curve in curves]
-    blackbox.print_table("ackley", found, 20)
-    words = capsys.readouterr().out
-    for cell in ("7 (9, 5)", "6 (8, 4)", "5 (7, 3)"):
-        assert cell in words
-
-
-@pytest.mark.parametrize("package", ("cma", "matplotlib"))
-def test_missing_package_is_named(package, monkeypatch, capsys):
-    """One clear line before anything is learned."""
-    missing = {package: None}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: missing.get(name, True))
-    with pytest.raises(SystemExit):
-        blackbox.main([])
-    assert f"pip install {package}" in capsys.readouterr().err
+def test_table_has_the_mean_and_each_seed(capsys):
+    """It is of Markdown, a line a method."""
+    of_seeds = [{"NFT": torch.tensor([9.0, 3.0])}, {"NFT": torch.tensor([8.0, 4.0])}]
+    blackbox.print_table({"a": of_seeds, "b": of_seeds})
+    assert "\n| NFT | 3.5 (3, 4) | 3.5 (3, 4) |\n" in capsys.readouterr().out

@@ -338,7 +338,7 @@ R = {1: 1, 0: 0, None: 0.5}
 
 def run(out, judge=by_key, leave=None, status=0, more=None, **changes):
     """Run human.py on an untrained pipeline; returns the automatic person."""
-    words = common.command_line("sd15", out=out, reward=None, **changes)
+    words = common.command_line("sd15", out=out, **({"reward": None} | changes))
     clicker = Clicker(judge, leave)
     try:
         assert human.main(words, **(more or {})) == status
@@ -349,12 +349,12 @@ def run(out, judge=by_key, leave=None, status=0, more=None, **changes):
     return clicker
 
 
-WATCH = {"watch": "jpeg"}
+WATCH = {"reward": "jpeg"}
 
 
 def test_a_run_trains_on_what_was_clicked(tmp_path):
-    """r of each image is the click itself; nobody is asked about the trial or, with --watch, at
-    evaluation, whose reward is then --watch's."""
+    """r of each image is the click itself; with --reward nobody is asked at evaluation, whose
+    reward is then that one."""
     given = []
 
     def weigh(raw, groups, z):
@@ -371,12 +371,12 @@ def test_a_run_trains_on_what_was_clicked(tmp_path):
         assert row["reward"] == pytest.approx(r.mean().item())
         assert row["r_std"] == pytest.approx(r.std(correction=0).item())
     assert rows[0]["eval_reward"] == rows[0]["eval_reward/jpeg"] < 0
-    assert "eval_reward/human:ask" not in rows[0]
+    assert "eval_reward/human" not in rows[0]
     assert set(human.read_answers(tmp_path / "run/answers.jsonl")) == set(clicker.seen)
 
 
-def test_evaluation_asks_without_watch(tmp_path):
-    """Without --watch the held-out reward is the person's, before training and at its end."""
+def test_evaluation_asks_without_another_reward(tmp_path):
+    """Without --reward the held-out reward is the person's, before training and at its end."""
     clicker = run(tmp_path / "run", iterations=1)
     rows = common.metrics(tmp_path / "run")
     held_out = len(common.TEXTS)
@@ -397,7 +397,7 @@ def test_interrupted_and_resumed(tmp_path, capsys):
     assert "Traceback" not in said
     clicker = Clicker(by_key)
     try:
-        assert human.main([f"--out={tmp_path}/run", "--resume"]) == 0
+        assert human.main([f"--out={tmp_path}/run", "--resume", "--reward=jpeg"]) == 0
     finally:
         clicker.over = True
         clicker.join(PATIENCE)
@@ -426,13 +426,12 @@ def test_as_any_reward(tmp_path, monkeypatch):
     assert set(human.read_answers(tmp_path / human.DEFAULT_FILE)) == set(clicker.seen)
 
 
-def test_what_a_person_cannot(monkeypatch, capsys, tmp_path):
-    """Another reward, and several processes, are refused in a line."""
-    assert human.main(["--reward=jpeg"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--reward" in line
+def test_what_a_person_cannot(monkeypatch, capsys):
+    """A reward that does not exist, and several processes, are refused."""
+    assert human.main(["--reward=nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
     monkeypatch.setattr(nft, "WORLD", 2)
-    with pytest.raises(nft.UserError, match="torchrun with 2 processes: must be 1"):
+    with pytest.raises(RuntimeError, match="use one"):
         human.ask(torch.zeros(1, 3, 8, 8), ["sea"], [{}])
 
 
@@ -560,12 +559,11 @@ def test_a_person_teaches(browser, tmp_path):
     the held-out accuracy of tiny."""
     words = common.flags(
         out=tmp_path / "run",
-        watch=common.EXAMPLES / "tiny/shapes.py:reward",
+        reward=common.EXAMPLES / "tiny/shapes.py:reward",
         eval_prompts=few_prompts(),
         iterations=2,
         eval_every=2,
         lr=4e-3,
-        warmup=2,
         ema=0.5,
     )
     work = threading.Thread(target=human.main, args=[words], daemon=True)

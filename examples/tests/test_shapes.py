@@ -16,13 +16,6 @@ from diffusers import AutoencoderKL
 TINY = common.EXAMPLES / "tiny"
 
 
-def some_captions(category, number):
-    """Captions of a category, trained on and held out in turn."""
-    rng = random.Random(0)
-    pools = [shapes.captions(split)[category] for split in ("train", "heldout")]
-    return [rng.choice(pools[i % 2]) for i in range(number)]
-
-
 @torch.no_grad()
 def round_trip(images):
     """Images through the tiny pipeline's VAE and back."""
@@ -36,7 +29,8 @@ def round_trip(images):
 def test_checker(category):
     """It accepts 99% of clean renders and VAE round trips, and refuses 99% with a wrong caption."""
     rng = random.Random(0)
-    right = some_captions(category, 120)
+    pools = [shapes.captions(split)[category] for split in ("train", "heldout")]
+    right = [rng.choice(pools[i % 2]) for i in range(120)]
     wrong = [shapes.wrong_caption(caption, rng) for caption in right]
     images = shapes.render(right, seed=5)
     for pictures in (images, round_trip(images)):
@@ -81,10 +75,7 @@ def test_places():
     assert shapes.check(images, opposite) == [False, False, False, False]
 
 
-OTHER_CAPTIONS = ["a red", "a purple circle", "four red circles", "two blue square"]
-
-
-@pytest.mark.parametrize("caption", OTHER_CAPTIONS)
+@pytest.mark.parametrize("caption", ["a red", "a purple circle", "four red circles"])
 def test_other_captions_are_refused(caption):
     """A caption that the grammar does not have is named, as nothing can be said of its pictures."""
     with pytest.raises(ValueError, match=f"'{caption}'"):
@@ -93,15 +84,13 @@ def test_other_captions_are_refused(caption):
 
 def compositions(split, file):
     """What all captions of a split ask for; the order of "a and b" means nothing."""
-    captions = (TINY / file).read_text().splitlines()
+    texts = (TINY / file).read_text().splitlines()
     for group in shapes.captions(split).values():
-        captions += group
+        texts += group
     found = set()
-    for caption in captions:
-        category, things, relation = shapes.parse(caption)
-        if category == "two":
-            things = frozenset(things)
-        found.add((category, things, relation))
+    for caption in map(shapes.parse, texts):
+        things = frozenset(caption.things) if caption.category == "two" else caption.things
+        found.add((caption.category, things, caption.relation))
     return found
 
 

