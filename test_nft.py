@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import common
@@ -33,7 +32,7 @@ HUB = pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
 
 # ---- The method: Eq. (1) to (6) on tensors -------------------------------------------------------
 def problem(kind):
-    """Six samples in float64: x_0, what a denoiser should say, what theta and old say, and r."""
+    """Six samples in float64: x_0, and as clean samples the target, theta's output and old's."""
     rng = np.random.default_rng(1)
     x_0, eps, off, off_old = torch.tensor(rng.normal(size=(4, 6, 5)))
     sigma = torch.linspace(0.1, 0.9, 6).double()[:, None]
@@ -42,63 +41,47 @@ def problem(kind):
     if kind != "flow_prediction":
         alpha = (1 - sigma**2).sqrt()
         target = eps if kind == "epsilon" else alpha * eps - sigma * x_0
-    p = types.SimpleNamespace(x_0=x_0, target=target, r=torch.tensor(rng.uniform(size=6)))
-    p.theta = (target + off).requires_grad_()
-    p.old = target + off_old
     x_t = alpha * x_0 + sigma * eps
-    p.x0_hat, _ = nft.predict_x0(x_t, target, alpha, sigma, kind)
-    p.x0_old, p.slope = nft.predict_x0(x_t, p.old, alpha, sigma, kind)
-    p.x0_theta, _ = nft.predict_x0(x_t, p.theta, alpha, sigma, kind)
-    return p
-
-
-def squared(x0_hat, x_0):
-    """The unweighted distance."""
-    return (x0_hat - x_0).square().sum(1)
-
-
-@KINDS
-def test_gradient_identity(kind):
-    """Unweighted: slope^2 / beta times 2 beta [(2r - 1)(v_old - v) + beta (v_theta - v_old)]."""
-    p = problem(kind)
-    loss = nft.nft_loss(p.x0_theta, p.x0_old, p.x_0, p.r, 0.4, squared)
-    (gradient,) = torch.autograd.grad(loss.sum(), p.theta)
-    pull = (2 * p.r[:, None] - 1) * (p.old - p.target)
-    bracket = pull + 0.4 * (p.theta - p.old)
-    assert_close(gradient, p.slope**2 * 2 * bracket.detach())
-
-
-@KINDS
-def test_loss_is_the_released_one(kind):
-    """(r L+ + (1 - r) L-) / beta, each branch over its own mean error, to 1e-6."""
-    p = problem(kind)
-    beta = 0.6
-    loss = nft.nft_loss(p.x0_theta, p.x0_old, p.x_0, p.r, beta)
-    for i, r in enumerate(p.r):
-        expected = 0.0
-        for share, sign in ((r, 1), (1 - r, -1)):
-            mixed = (1 - sign * beta) * p.x0_old[i] + sign * beta * p.x0_theta[i]
-            error = mixed - p.x_0[i]
-            expected += share * error.square().mean() / error.abs().mean() / beta
-        assert_close(loss[i], expected, rtol=1e-6, atol=0)
-
-
-def test_no_gradient_runs_into_the_old_policy():
-    """A loop of one's own that forgot torch.no_grad() trains theta alone."""
-    p = problem("flow_prediction")
-    x0_old = p.x0_old.clone().requires_grad_()
-    nft.nft_loss(p.x0_theta, x0_old, p.x_0, p.r, 0.5).sum().backward()
-    assert x0_old.grad is None
-    assert p.theta.grad.abs().min() > 0
+    samples = [x_0]
+    for out in (target, target + off, target + off_old):
+        x0_hat, _ = nft.predict_x0(x_t, out, alpha, sigma, kind)
+        samples.append(x0_hat.requires_grad_())
+    return samples
 
 
 @KINDS
 def test_predict_x0_inverts_the_forward_process(kind):
     """The right output stands for x_0 itself; alpha = 0, pure noise, divides nothing by zero."""
-    p = problem(kind)
-    assert_close(p.x0_hat, p.x_0)
-    x0_hat, _ = nft.predict_x0(p.x_0, p.x_0, torch.zeros(6, 1), torch.ones(6, 1), kind)
+    x_0, x0_hat, _, _ = problem(kind)
+    assert_close(x0_hat, x_0)
+    x0_hat, _ = nft.predict_x0(x_0, x_0, torch.zeros(6, 1), torch.ones(6, 1), kind)
     assert x0_hat.isfinite().all()
+
+
+@KINDS
+def test_loss_is_the_released_one(kind):
+    """(r L+ + (1 - r) L-) / beta, each branch over its own mean error, to 1e-6.
+
+    No gradient runs into the old policy, also in a loop of one's own without torch.no_grad().
+    """
+    beta = 0.6
+    x_0, _, x0_theta, x0_old = problem(kind)
+    r = torch.linspace(0, 1, 6).double()
+    loss = nft.nft_loss(x0_theta, x0_old, x_0, r, beta)
+    for i in range(6):
+        expected = 0.0
+        for share, sign in ((r[i], 1), (1 - r[i], -1)):
+            error = (1 - sign * beta) * x0_old[i] + sign * beta * x0_theta[i] - x_0[i]
+            expected += share * error.square().mean() / error.abs().mean() / beta
+        assert_close(loss[i], expected, rtol=1e-6, atol=0)
+    loss.sum().backward()
+    assert x0_old.grad is None
+    assert x0_theta.grad.abs().min() > 0
+
+
+def squared(x0_hat, x_0):
+    """The unweighted distance."""
+    return (x0_hat - x_0).square().sum(1)
 
 
 @pytest.mark.parametrize("t, beta", [(0.3, 1.0), (0.5, 0.2), (0.8, 1.7)])
@@ -120,15 +103,14 @@ def test_minimiser_of_equation_6(t, beta):
     positive = (p * r) @ v / alpha
     delta = alpha * (positive - old)
 
-    def risk(theta):
-        x0_theta = (x_t - t * theta).expand(7, 2)
-        x0_old = (x_t - t * old).expand(7, 2)
-        return p @ nft.nft_loss(x0_theta, x0_old, x_0, r, beta, squared)
-
-    slope = torch.func.jacrev(risk)(0 * old)
-    curvature = torch.func.hessian(risk)(0 * old)
-    minimiser = -torch.linalg.solve(curvature, slope)
-    assert_close(minimiser, old + 2 / beta * delta)
+    # The risk is quadratic, and its gradient is 0 in the minimum alone.
+    minimiser = (old + 2 / beta * delta).requires_grad_()
+    x0_theta = (x_t - t * minimiser).expand(7, 2)
+    x0_old = (x_t - t * old).expand(7, 2)
+    risk = p @ nft.nft_loss(x0_theta, x0_old, x_0, r, beta, squared)
+    risk.backward()
+    assert_close(minimiser.grad, 0 * old, atol=1e-12, rtol=0)
+    assert delta.abs().min() > 0.01
 
 
 RNG = np.random.default_rng(0)
@@ -143,22 +125,18 @@ def test_r_is_the_paper_s(z, unit):
     # The smallest unit feels the 1e-4.
     raw = RAW * unit
     mean = np.array([raw[group == GROUPS].mean() for group in GROUPS])
-    Z_c = z * (np.sqrt(np.mean((raw - np.mean(raw)) ** 2)) + 1e-4)
+    variance = np.mean((raw - np.mean(raw)) ** 2)
+    Z_c = z * (np.sqrt(variance) + 1e-4)
     expected = 0.5 + 0.5 * np.clip((raw - mean) / Z_c, -1, 1)
     r = nft.optimality_reward(raw, GROUPS, z)
     np.testing.assert_allclose(r.numpy(), expected, atol=1e-6)
 
 
-def test_r_compares_within_a_prompt():
-    """r averages 1/2 in each group, is 1/2 throughout a constant one, and knows no order."""
+def test_equal_rewards_teach_nothing():
+    """r is 1/2, to the last digit, throughout a prompt of equal rewards; nan is refused."""
     raw = np.where(GROUPS == 2, 0.1, RAW)
     r = nft.optimality_reward(raw, GROUPS)
-    for group in range(4):
-        assert r[group == GROUPS].mean().item() == pytest.approx(0.5)
     assert ((r == 0.5).numpy() == (GROUPS == 2)).all()
-    order = RNG.permutation(24)
-    names = 100 - 7 * GROUPS
-    assert_close(nft.optimality_reward(raw[order], names[order]), r[order])
     with pytest.raises(ValueError, match="finite"):
         nft.optimality_reward([1.0, np.nan, 0.0], [0, 0, 0])
 
@@ -174,37 +152,16 @@ def test_eta_schedules():
         assert nft.soft_update_decay(i, "37.5,0.015,0.999") == pytest.approx(released)
     for constant in ("0", "0.9", "1", 0.3):
         assert nft.soft_update_decay(10**6, constant) == float(constant)
-    for bad in ("-0.1", "1.5", "a", "", "0,1", "0,-1,0.5", "0,0.1,2", "nan"):
-        with pytest.raises(ValueError, match=r"START,SLOPE,MAX|float"):
+    for bad in ("1.5", "nan", "0,1", "0,-1,0.5"):
+        with pytest.raises(ValueError, match="START,SLOPE,MAX"):
             nft.soft_update_decay(1, bad)
 
 
 # ---- The model: base, adapters, conditioning, forward process ------------------------------------
 def red(images, prompts, metadata):
     """How much redder than green and blue each of (B, 3, H, W) is: common.red a second time."""
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
-def draw(pipe, form="pt"):
-    """The held-out pictures, or their latents, by the pipeline alone."""
-    noise = [nft.generator(*seed) for seed in SEEDS]
-    settings = {"num_inference_steps": 3, "height": 32, "width": 32, "guidance_scale": 1.0}
-    if hasattr(pipe, "transformer"):
-        settings["max_sequence_length"] = 2
-    return pipe(TEXTS, generator=noise, output_type=form, **settings).images
-
-
-def folded(model, adapter, x_t, t, condition):
-    """The denoiser with W + 2 B A in the place of W: LoRA a second way."""
-    weights = {}
-    for i, name in enumerate(model.lora.layers):
-        A, B = adapter[2 * i : 2 * i + 2]
-        W = model.net.get_submodule(name).weight
-        weights[f"{name}.weight"] = W + 2 * B @ A
-    inputs = {model.input: x_t, "timestep": t, "return_dict": False}
-    model.lora.active = None
-    given = condition | model.shared | inputs
-    return torch.func.functional_call(model.net, weights, (), given)[0]
+    others = images[:, 1:].mean((1, 2, 3))
+    return images[:, 0].mean((1, 2)) - others
 
 
 # The bound is that of a solver that rounds flow times down to integers.
@@ -219,7 +176,7 @@ CASES = [
 
 @pytest.mark.parametrize("name, guidance, solver, bound", CASES)
 def test_training_sees_what_the_sampler_saw(name, guidance, solver, bound):
-    """Conditioning recorded is conditioning used; times and noise are the solver's; W + 2 B A.
+    """Conditioning recorded is conditioning used; times and noise are the solver's.
 
     With guidance the conditional half of the batch is what is trained.
     """
@@ -229,11 +186,8 @@ def test_training_sees_what_the_sampler_saw(name, guidance, solver, bound):
     levels = model.pipe.scheduler.sigmas
     for (x_t, t, _, out), level in zip(model.calls, levels, strict=False):
         assert t in model.times
-        given = (x_t[-3:], t.expand(3), condition)
-        ours = model.predict(*given, "old")
-        second = folded(model, model.lora.adapters["old"], *given)
-        for prediction in (ours, second):
-            assert_close(prediction, out[-3:], atol=1e-4, rtol=1e-4)
+        ours = model.predict(x_t[-3:], t.expand(3), condition, "old")
+        assert_close(ours, out[-3:], atol=1e-4, rtol=1e-4)
         if guidance > 1:
             assert (ours - out[:3]).abs().max() > 1e-3
         alpha, sigma = model.noise_level(t)
@@ -246,7 +200,9 @@ def test_theta_old_and_reference_share_one_base(name):
     """A fresh adapter changes no bit, and without one the model is the pipeline to 1e-5."""
     fresh = new_model(name)
     base = fresh.sample(TEXTS, SEEDS, None)["images"]
-    assert_close(base, draw(nft.load_pipeline(fresh.config, torch.float32)), atol=1e-5, rtol=0)
+    assert_close(
+        base, common.paint(nft.load_pipeline(fresh.config, torch.float32)), atol=1e-5, rtol=0
+    )
     for policy in ("theta", "old", "ema"):
         assert torch.equal(fresh.sample(TEXTS, SEEDS, policy)["images"], base)
     filled = new_model(name, filled=True)
@@ -268,8 +224,8 @@ def test_diffusers_loads_the_weights(name):
     ours = model.sample(TEXTS, SEEDS, "ema")
     pipe = DiffusionPipeline.from_pretrained(root() / name)
     pipe.load_lora_weights(str(finished(name)))
-    assert_close(draw(pipe), ours["images"], atol=1e-5, rtol=1e-5)
-    assert_close(draw(pipe, "latent"), ours["x_0"], atol=1e-5, rtol=1e-5)
+    assert_close(common.paint(pipe), ours["images"], atol=1e-5, rtol=1e-5)
+    assert_close(common.paint(pipe, "latent"), ours["x_0"], atol=1e-5, rtol=1e-5)
     reward = red(ours["images"], TEXTS, None).mean().item()
     assert metrics(finished(name))[2]["eval_reward"] == pytest.approx(reward, abs=1e-6)
     assert (ours["x_0"] - base["x_0"]).abs().max() > 1e-3
@@ -314,33 +270,31 @@ def test_a_failing_pipeline_gives_back_what_it_borrowed():
 
 
 # ---- Training: one iteration a second time -------------------------------------------------------
-def pair_terms(model, adapters, theta, one, t, eps, r):
-    """Loss, KL and old deviation of one image at one time, in the space of the output."""
+def second_loss(model, adapters, theta, pairs, t, eps):
+    """Loss and KL of a step's pairs, in the space of the output."""
     beta = 0.7
-    x_0 = one["x_0"]
+    x_0 = pairs["x_0"]
+    times = t.view(-1, *[1] * (x_0.ndim - 1))
     kind = model.pipe.scheduler.config.get("prediction_type")
     if kind is None:
         # FLUX takes t in [0, 1], SD3 in [0, 1000].
-        sigma = t / (1 if "img_ids" in model.shared else 1000)
+        sigma = times / (1 if "img_ids" in model.shared else 1000)
         alpha = 1 - sigma
         target = eps - x_0
     else:
-        sigma = (1 - model.pipe.scheduler.alphas_cumprod[t.long()]).sqrt()
+        sigma = (1 - model.pipe.scheduler.alphas_cumprod[times.long()]).sqrt()
         alpha = (1 - sigma**2).sqrt()
         target = eps if kind == "epsilon" else alpha * eps - sigma * x_0
-    x_t = alpha * x_0 + sigma * eps
-    out = folded(model, theta, x_t, t, one["condition"])
-    old = folded(model, adapters["old"], x_t, t, one["condition"]).detach()
-    ref = folded(model, [0 * x for x in theta], x_t, t, one["condition"]).detach()
+    given = (alpha * x_0 + sigma * eps, t, pairs["condition"])
+    out = common.folded(model, theta, *given)
+    old = common.folded(model, adapters["old"], *given).detach()
+    ref = common.folded(model, [0 * x for x in theta], *given).detach()
     loss = 0
-    for share, sign in ((r, 1), (1 - r, -1)):
-        error = old + sign * beta * (out - old) - target
-        scale = error.abs().mean().detach()
-        loss = loss + share * error.square().mean() / scale / beta
-    weighted = (sigma / (alpha + sigma) * loss).squeeze()
-    kl = (out - ref).square().mean()
-    deviation = (out - old).square().mean().detach()
-    return torch.stack([weighted, kl, deviation])
+    for share, sign in ((pairs["r"], 1), (1 - pairs["r"], -1)):
+        error = (old + sign * beta * (out - old) - target).flatten(1)
+        loss = loss + share * error.square().mean(1) / error.abs().mean(1).detach() / beta
+    weight = (sigma / (alpha + sigma)).flatten()
+    return (weight * loss).mean(), (out - ref).square().mean()
 
 
 @PIPELINES
@@ -349,14 +303,13 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
     passed = []
 
     def losses(model, pairs, t, eps):
-        passed.append((pairs["x_0"], pairs["r"], t, eps))
+        passed.append((pairs["x_0"], t, eps))
         return nft.pair_losses(model, pairs, t, eps)
 
     out = shutil.copytree(finished(name), tmp_path / "run")
     # EMA's decay would be 6/15 and 7/16 in its two steps.
     config = nft.configure(out=out, resume=True, iterations=3, ema=0.41)
     row = nft.train(config, losses=losses)[3]
-    was = checkpoint(finished(name))["lora"]
     state = checkpoint(finished(name))
     adapters = state["lora"]
     model = new_model(name)
@@ -365,39 +318,36 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
     prompts, _ = nft.load_prompt_sets(config)
     texts = [prompts[(4 + i // 3) % 3][0] for i in range(6)]
     model.lora.adapters = adapters
-    rollout = model.sample(texts, [(0, 3, i) for i in range(6)], "old")
-    raw = red(rollout["images"], texts, None)
+    D = model.sample(texts, [(0, 3, i) for i in range(6)], "old")
+    raw = red(D["images"], texts, None)
     mean = raw.view(2, 3).mean(1).repeat_interleave(3)
-    r = 0.5 + 0.5 * ((raw - mean) / (2 * (raw.std(correction=0) + 1e-4))).clamp(-1, 1)
+    Z_c = 2 * (raw.std(correction=0) + 1e-4)
+    D["r"] = 0.5 + 0.5 * ((raw - mean) / Z_c).clamp(-1, 1)
 
     # Optimize: each image at two of the sampler's times, in two steps of AdamW.
-    x_0, given_r, t, eps = (torch.cat(parts) for parts in zip(*passed, strict=True))
-    index = torch.cdist(x_0.flatten(1), rollout["x_0"].flatten(1)).argmin(1)
+    x_0, t, eps = (torch.cat(parts) for parts in zip(*passed, strict=True))
+    index = torch.cdist(x_0.flatten(1), D["x_0"].flatten(1)).argmin(1)
     assert sorted(index.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert_close(x_0, rollout["x_0"][index], atol=1e-4, rtol=1e-4)
-    assert_close(given_r, r[index], atol=1e-3, rtol=0)
+    assert_close(x_0, D["x_0"][index], atol=1e-4, rtol=1e-4)
     assert len(set(zip(index.tolist(), t.tolist(), strict=True))) == 12
-    assert all(time in model.times for time in t)
-    assert len(eps.unique()) > 3000
-    theta = [x.requires_grad_() for x in adapters["theta"]]
+    assert torch.isin(t, model.times).all()
+    assert eps.mean().abs() < 0.05
+    assert abs(eps.std() - 1) < 0.05
+    theta = [x.clone().requires_grad_() for x in adapters["theta"]]
     ema = adapters["ema"]
     optimizer = torch.optim.AdamW(theta)
     optimizer.load_state_dict(state["optimizer"])
     optimizer.param_groups[0].update(lr=0.01, betas=(0.9, 0.999), weight_decay=1e-4)
-    logged = torch.zeros(4)
+    logged = torch.zeros(2)
     # Four optimizer steps were before.
     for step, part in enumerate(torch.arange(12).split(6), 5):
+        pairs = nft.map_tensors(lambda x, i=index[part]: x[i], D)
+        loss, kl = second_loss(model, adapters, theta, pairs, t[part], eps[part])
         optimizer.zero_grad()
-        terms = 0
-        for k in part.tolist():
-            i = index[k].item()
-            one = nft.map_tensors(lambda x, i=i: x[i : i + 1], rollout)
-            pair = (t[k : k + 1], eps[k : k + 1], r[i])
-            terms = terms + pair_terms(model, adapters, theta, one, *pair) / 6
-        (terms[0] + 0.5 * terms[1]).backward()
+        (loss + 0.5 * kl).backward()
         norm = torch.nn.utils.clip_grad_norm_(theta, 0.2)
         optimizer.step()
-        logged += torch.stack([*terms.detach(), norm]) / 2
+        logged += torch.stack([loss, kl]).detach() / 2
         decay = min((1 + step) / (10 + step), 0.41)
         ema = [decay * x + (1 - decay) * y.detach() for x, y in zip(ema, theta, strict=True)]
 
@@ -405,14 +355,12 @@ def test_one_iteration_is_algorithm_1(name, tmp_path):
     old = [0.4 * x + 0.6 * y.detach() for x, y in zip(adapters["old"], theta, strict=True)]
     after = checkpoint(out)["lora"]
     for policy, mine in {"theta": theta, "ema": ema, "old": old}.items():
-        vectors = map(torch.nn.utils.parameters_to_vector, (was[policy], after[policy], mine))
-        before, now, expected = vectors
+        vectors = (adapters[policy], after[policy], mine)
+        before, now, expected = map(torch.nn.utils.parameters_to_vector, vectors)
         assert (now - expected).norm() < 2e-3 * (now - before).norm(), policy
-    fields = ["loss", "kl", "old_deviation", "grad_norm", "reward", "reward_std", "r_std"]
-    values = [*logged, raw.mean(), raw.std(correction=0), r.std(correction=0)]
-    for field, value in zip(fields, values, strict=True):
+    values = {"loss": logged[0], "kl": logged[1], "grad_norm": norm, "reward": raw.mean()}
+    for field, value in values.items():
         assert row[field] == pytest.approx(value.item(), rel=1e-3)
-    assert row["eta"] == 0.4
 
 
 def test_gradients_are_clipped_at_a_fifth(tmp_path):
@@ -453,7 +401,8 @@ def shuffled_red(images, prompts, metadata):
     """The rewards of a batch, given to the wrong images."""
     rewards = red(images, prompts, metadata)
     noise = nft.generator("shuffled", rewards.sum().item())
-    return rewards[torch.randperm(len(rewards), generator=noise)]
+    order = torch.randperm(len(rewards), generator=noise)
+    return rewards[order]
 
 
 def test_reward_rises(tmp_path):
@@ -482,19 +431,19 @@ def test_what_a_run_leaves():
     out = finished("sd15")
     assert json.loads((out / "config.json").read_text())["lr"] == 0.01
     base, one, last = metrics(out)
-    name = f"{root()}/reward.py:red"
     always = {"iteration", "images", "seconds"}
-    evaluated = {"eval_reward", "eval_reward_std", f"eval_reward/{name}"} | always
-    trained = {"reward", "reward_std", f"reward/{name}", "r_std", "loss", "kl", "old_deviation"}
-    trained |= {"grad_norm", "eta"} | always
-    assert [base.keys(), one.keys(), last.keys()] == [evaluated, trained, evaluated | trained]
+    part = f"reward/{root()}/reward.py:red"
+    evaluated = always | {"eval_reward", "eval_reward_std", f"eval_{part}"}
+    trained = always | {"reward", "reward_std", part}
+    trained |= set("r_std loss kl old_deviation grad_norm eta".split())
+    assert base.keys() == evaluated
+    assert one.keys() == trained
+    assert last.keys() == evaluated | trained
     assert [row["iteration"] for row in metrics(out)] == [0, 1, 2]
     assert [row["images"] for row in metrics(out)] == [0, 6, 12]
-    pictures = "samples/000000.png samples/000002.png before_after.png"
-    files = "config.json metrics.jsonl checkpoint.pt scheduler/scheduler_config.json"
-    weights = "pytorch_lora_weights.safetensors"
-    found = {str(file.relative_to(out)) for file in out.rglob("*.*")}
-    assert found == {*pictures.split(), *files.split(), weights}
+    files = "000000.png 000002.png before_after.png config.json metrics.jsonl checkpoint.pt \
+        pytorch_lora_weights.safetensors scheduler_config.json"
+    assert {file.name for file in out.rglob("*.*")} == set(files.split())
 
 
 FAILING = """
@@ -513,8 +462,8 @@ def reward(images, prompts, metadata):
 # What a reward does in iteration 2: exit status, and what the last line begins with.
 FAILURES = {
     "signal.raise_signal(signal.SIGINT)": (130, "interrupted;"),
-    "1 / 0": (1, "ZeroDivisionError;"),
-    "return [0.0] * (len(images) - 1)": (1, "ValueError;"),
+    "1 / 0": (1, "failed;"),
+    "return [0.0] * (len(images) - 1)": (1, "failed;"),
     "return [float('nan')] * len(images)": (1, "reward {}: must be finite, not [nan,"),
 }
 
@@ -531,22 +480,15 @@ def test_ctrl_c_and_failures_of_a_reward(tmp_path, capsys, how):
     out = run("sd15", tmp_path / "a run", status, reward=reward)
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("nft.py: " + says.format(reward))
-    assert f"; iteration 1 is saved, add --out '{out}' --resume" in lines[-1]
-    assert any("Traceback" in line for line in lines) == ("Error" in says)
+    assert "iteration 1 is saved" in lines[-1]
+    assert f"add --out '{out}' --resume" in lines[-1]
+    assert any("Traceback" in line for line in lines) == (says == "failed;")
     assert checkpoint(out)["rows"][-1]["iteration"] == 1
     run("sd15", out, reward=reward, resume=True)
     resumed, whole = checkpoint(out), checkpoint(finished("sd15"))
     for part in ("lora", "optimizer"):
         assert_close(resumed[part], whole[part], atol=0, rtol=0)
     assert resumed["rows"][2]["eval_reward"] == whole["rows"][2]["eval_reward"]
-
-
-def test_a_gradient_that_is_not_finite(tmp_path, capsys):
-    """One line, exit 1: fp32 never trains on past a nan."""
-    run("sd15", tmp_path / "run", 1, lr=1e30, eta=1, updates=1, iterations=9)
-    said = capsys.readouterr().err
-    assert "the gradient is not finite; try a smaller --lr; iteration 1 is saved" in said
-    assert "Traceback" not in said
 
 
 # ---- Flags, presets, rewards and prompts ---------------------------------------------------------
@@ -570,24 +512,23 @@ def test_bad_input_is_refused(tmp_path, monkeypatch, capsys, word):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("word", ["--nonsense=1", "--lr=fast", "--iter=1", "more"])
-def test_argparse_refuses_what_is_no_flag(word):
-    """Exit 2: no abbreviations, no values of another type."""
-    with pytest.raises(SystemExit) as ended:
-        nft.main([*common.command_line("sd15", out="here"), word])
-    assert ended.value.code == 2
-
-
 def test_presets_only_set_defaults():
     """A flag wins over the preset, the preset over Config; own prompts bring their own held-out."""
     assert nft.parse(["--model=x", "--out=x"]) == nft.Config(model="x", out="x")
     assert nft.parse(["--out=x"]) == nft.Config(**nft.PRESETS["tiny"], out="x")
     assert nft.parse(["--lr=9", "--out=x"]).lr == 9
-    assert nft.parse(["--prompts=x", "--out=x"]).eval_prompts == ""
-    assert nft.configure(lr=1, out=Path("x")).out == "x"
-    # 2e-5 is the released weight, 1e-4, for a loss without its factor of 5; for eps it is 0.1.
-    kl = {"sd3": 2e-5, "flux": 2e-5, "a/directory": 2e-5, "sd15": 0.1, "sdxl": 0.1}
-    assert {name: nft.configure(model=name, out="x").kl for name in kl} == kl
+    assert nft.configure(prompts=Path("x"), out="x").eval_prompts == ""
+    # argparse refuses what is no flag, abbreviations too.
+    with pytest.raises(SystemExit, match="2"):
+        nft.main(["--iter=1"])
+
+
+def test_kl_of_the_presets():
+    """2e-5 is the released weight, 1e-4, for a loss without its factor of 5; for eps it is 0.1."""
+    for model in ("sd3", "flux", "a/directory"):
+        assert nft.configure(model=model, out="x").kl == 2e-5
+    for model in ("sd15", "sdxl"):
+        assert nft.configure(model=model, out="x").kl == 0.1
 
 
 def test_rewards_add_up_and_weight_0_is_only_logged(tmp_path):
@@ -615,7 +556,6 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, n, number):
     assert len(hidden) == number
     if n > 1:
         assert dict(trained).keys() == set(lines) - hidden
-        assert len(trained) == 2 * (n - number)
         # Not the head of a file that may be sorted.
         assert hidden != set(lines[: 2 * number])
 
@@ -652,7 +592,7 @@ def test_nft_py_alone_names_what_is_missing(tmp_path, monkeypatch, capsys):
         assert nft.main(words) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert "examples/" in line
-        assert "clone the repository" in line
+        assert "clone" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -198,7 +198,7 @@ def median(values):
 
 
 def compare(name, words=(), repeats=5):
-    """Measure both loops on a preset, and print its row of the table; words: flags of nft.py."""
+    """Both loops on a preset: its row of the table, in a list; words: flags of nft.py."""
     config = nft.parse([f"--model={name}", "--groups=4", "--out=unused", *words])
     prompts, _ = nft.load_prompt_sets(config)
     rewards = nft.load_rewards(config.reward)
@@ -219,7 +219,7 @@ def compare(name, words=(), repeats=5):
     cells = [name, median(ours), median(plain), ratio]
     cells += [", ".join(f"{x:.0e}" for x in apart.values())]
     cells += [f"{x:.0%}" for x in shares(loops[0], rewards, prompts).values()]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    return [cells]
 
 
 # ---- Memory: the tracker -------------------------------------------------------------------------
@@ -395,8 +395,7 @@ def make_loop(config, make):
 
 
 def peaks_of(loop, tracker, batch):
-    """Bytes at the peak with so many pairs a batch: of the rollout, of training, and of training
-    with --checkpointing."""
+    """Bytes at the peak: of the rollout, of training, and of training with --checkpointing."""
     loop.config.batch_size = batch
     tracker.restart()
     rewards = {"darkness": (1.0, lambda images, *more: -images.mean((1, 2, 3)))}
@@ -416,7 +415,7 @@ def peaks_of(loop, tracker, batch):
 
 
 def simulate(name, words=(), batches=(1, 4, 8)):
-    """Print a preset's rows of the table; words: flags of nft.py."""
+    """A preset's rows of the table, one a batch size; words: flags of nft.py."""
     own = ["--groups=1", "--steps=2", "--updates=1", "--train-times=1", "--no-checkpointing"]
     own += [f"--model={name}", "--precision=bf16", "--device=cpu", "--out=unused"]
     config = nft.parse([*own, *words])
@@ -424,7 +423,7 @@ def simulate(name, words=(), batches=(1, 4, 8)):
         loop = make_loop(config, functools.partial(make_pipeline, name, tracker))
         for batch in batches:
             numbers = [f"{size / 1e9:.1f}" for size in peaks_of(loop, tracker, batch)]
-            print(f"| {name} | {batch} | {' | '.join(numbers)} |", flush=True)
+            yield [name, str(batch), *numbers]
 
 
 def main(argv=None):
@@ -440,9 +439,11 @@ def main(argv=None):
         measure = simulate
         names = "sd15,sdxl,sd3,flux"
         head = ["simulated, GB", "batch", "rollout", "training", "training, `--checkpointing`"]
-    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    rows = [head, ["---"] * len(head)]
     for name in (own.of or names).split(","):
-        measure(name, words)
+        rows += measure(name, words)
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

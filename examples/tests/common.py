@@ -150,6 +150,27 @@ def new_model(pipeline, filled=False, **changes):
     return made
 
 
+def paint(pipe, form="pt"):
+    """The pictures of TEXTS and SEEDS, or their latents, by the pipeline alone."""
+    noise = [nft.generator(*seed) for seed in SEEDS]
+    small = {"num_inference_steps": 3, "height": 32, "width": 32, "guidance_scale": 1.0}
+    if hasattr(pipe, "transformer"):
+        small["max_sequence_length"] = 2
+    return pipe(TEXTS, generator=noise, output_type=form, **small).images
+
+
+def folded(model, adapter, x_t, t, condition):
+    """The denoiser with W + 2 B A in the place of W: LoRA a second way."""
+    weights = {}
+    for i, name in enumerate(model.lora.layers):
+        A, B = adapter[2 * i : 2 * i + 2]
+        W = model.net.get_submodule(name).weight
+        weights[f"{name}.weight"] = W + 2 * B @ A
+    inputs = {model.input: x_t, "timestep": t, "return_dict": False}
+    given = condition | model.shared | inputs
+    return torch.func.functional_call(model.net, weights, (), given)[0]
+
+
 def checkpoint(out):
     """What a run's checkpoint holds: config, rows, lora, optimizer, scaler."""
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)

@@ -69,6 +69,7 @@ def test_bytes_live_as_long_as_a_tensor_is_held(fake):
         assert tracker.live == 40_000
         del view
         assert tracker.live == 0
+        torch.empty(5_000)
         assert tracker.peak == 120_000
 
 

@@ -1,7 +1,5 @@
 """harness.py with rows.py and report.py: what is run, what is kept of it, and what pages show.
 
-    python -m pytest examples/tests/test_harness.py
-
 SPDX-License-Identifier: MIT
 """
 
