@@ -435,7 +435,7 @@ def test_what_a_run_leaves():
     part = f"reward/{root()}/reward.py:red"
     evaluated = always | {"eval_reward", "eval_reward_std", f"eval_{part}"}
     trained = always | {"reward", "reward_std", part}
-    trained |= set("r_std loss kl old_deviation grad_norm eta".split())
+    trained |= {"r_std", "loss", "kl", "old_deviation", "grad_norm", "eta"}
     assert base.keys() == evaluated
     assert one.keys() == trained
     assert last.keys() == evaluated | trained

@@ -57,11 +57,11 @@ def test_flow_has_the_mean_and_spread_of_its_data():
 
 @pytest.mark.parametrize("method", (blackbox.NFT, blackbox.RWR))
 def test_flow_improves(method):
-    """Six rounds find better points than as many uniform ones, and repeat exactly."""
+    """Six rounds lower the mean value of a round, and repeat exactly."""
     data = 2 * torch.rand(5000, blackbox.DIMENSIONS) - 1
     flow = blackbox.fit(data, torch.empty(5000, 0), steps=300)
     values = blackbox.improve(blackbox.ackley, 600, 0, flow, *method)
-    assert values.min() < blackbox.ackley(data[:600]).min() - 1
+    assert values[-100:].mean() < values[:100].mean() - 2
     # So the flow that it began with is as it was.
     assert_close(blackbox.improve(blackbox.ackley, 200, 0, flow, *method), values[:200])
 

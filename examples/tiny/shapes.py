@@ -56,13 +56,14 @@ def grammar():
     found = {}
     things = list(itertools.product(COLORS, SHAPES))
     # Of all colours x shapes, diagonals are held out.
-    for (i, color), (j, shape) in itertools.product(enumerate(COLORS), enumerate(SHAPES)):
-        thing = color, shape
-        plural = "crosses" if shape == "cross" else f"{shape}s"
-        found[f"a {color} {shape}"] = Caption("single", (thing,), i == j)
-        for number, count in COUNTS.items():
-            held_out = (i + count - 1) % 4 == j
-            found[f"{number} {color} {plural}"] = Caption("count", (thing,) * count, held_out)
+    for i, color in enumerate(COLORS):
+        for j, shape in enumerate(SHAPES):
+            thing = color, shape
+            plural = "crosses" if shape == "cross" else f"{shape}s"
+            found[f"a {color} {shape}"] = Caption("single", (thing,), i == j)
+            for number, count in COUNTS.items():
+                held_out = (i + count - 1) % 4 == j
+                found[f"{number} {color} {plural}"] = Caption("count", (thing,) * count, held_out)
     rng = random.Random(0)
     for first, second in itertools.permutations(things, 2):
         a = "a " + " ".join(first)
@@ -303,10 +304,9 @@ def detect(images):
     A list is None where a picture holds anything else: a part that matches no shape, or more than
     8 stray pixels, such as speckle and smears.
     """
-    images = torch.as_tensor(images).detach().float().cpu()
-    cover, labels, unknown = _segment(images)
+    cover, labels, unknown = _segment(images.float().cpu())
     stray = unknown.sum((1, 2)).tolist()
-    return [_objects(*parts) for parts in zip(cover, labels, stray, strict=True)]
+    return list(map(_objects, cover, labels, stray))
 
 
 def _shows(objects, caption):
@@ -331,7 +331,7 @@ def check(images, texts):
     """
     parsed = [parse(text) for text in texts]
     found = detect(images)
-    return [_shows(objects, caption) for objects, caption in zip(found, parsed, strict=True)]
+    return list(map(_shows, found, parsed))
 
 
 def reward(images, prompts, metadata):
