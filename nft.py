@@ -58,13 +58,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A flag, file or directory is at fault: the value, the rule and the mend, in one line."""
 
 
 # ---- Config ------------------------------------------------------------------------------------
 def flag(default, help, **limits):
-    """A field of Config and flag of the command line; limits: low, for numbers, or choices."""
+    """A field of Config and flag of the command line; limits: low, a number, or choices."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -84,8 +84,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. `reward` may be a function, or a dict {name: function or (weight, function)},
-    too."""
+    """Every setting. `reward` may be a function or {name: function or (weight, function)}, too."""
 
     model: str = flag("tiny", "tiny, tiny-sd3, sd15, sdxl, sd3, flux, a directory or a hub id")
     reward: str = flag("aesthetic", "NAME or FILE.py:FUNCTION, several as A=W,B=W; W 0: log only")
@@ -123,23 +122,15 @@ class Config:
     save_every: int = flag(1, "iterations between saves: what a failure can lose", low=1)
 
     def __post_init__(self):
-        """Raise UserError for a value that is none of its flag's."""
+        """Raise UserError for a number that is none of its flag's."""
         for field in dataclasses.fields(self):
-            value, limits = getattr(self, field.name), field.metadata
-            start = f"--{field.name.replace('_', '-')} {value}: must be"
-            if "low" in limits and not limits["low"] <= value < math.inf:
-                raise UserError(f"{start} {limits['low']} or more; try {field.default}")
-            if value not in limits.get("choices", [value]):
-                raise UserError(f"{start} one of {', '.join(limits['choices'])}")
-        images = self.groups * self.group_size
-        if max(self.updates, WORLD) > images:
-            raise UserError(
-                f"--updates {self.updates}: must be at most {images}, as processes must"
-            )
-        try:
-            soft_update_decay(1, self.eta)
-        except ValueError as error:
-            raise UserError(f"--eta {self.eta}: {error}; try {Config.eta}") from error
+            value, low = getattr(self, field.name), field.metadata.get("low", -math.inf)
+            if field.type in (int, float) and not low <= value < math.inf:
+                name = field.name.replace("_", "-")
+                raise UserError(f"--{name} {value}: must be {low} or more; try {field.default}")
+        if max(self.updates, WORLD) > self.groups * self.group_size:
+            raise UserError(f"--updates {self.updates}: images must be as many, and as processes")
+        soft_update_decay(1, self.eta)
 
 
 # What a model's name stands for: settings in place of the defaults. A flag always wins.
@@ -286,7 +277,7 @@ def soft_update_decay(i, schedule="0,0.001,0.5"):
 
     i: the iteration just completed, from 1. schedule: a constant, or "START,SLOPE,MAX" for
     min(max(SLOPE (i - START), 0), MAX). The released code's for OCR, which counts optimizer steps,
-    two an iteration, is 37.5,0.015,0.999. Raises ValueError for what is no schedule.
+    two an iteration, is 37.5,0.015,0.999. Raises UserError for what is no schedule.
     """
     numbers = [float(number) for number in str(schedule).split(",")]
     if len(numbers) == 1 and 0 <= numbers[0] <= 1:
@@ -294,7 +285,7 @@ def soft_update_decay(i, schedule="0,0.001,0.5"):
     if len(numbers) == 3 and numbers[1] >= 0 and 0 <= numbers[2] <= 1:
         start, slope, maximum = numbers
         return min(max(slope * (i - start), 0.0), maximum)
-    raise ValueError("must be a constant in [0, 1], or START,SLOPE,MAX")
+    raise UserError(f"--eta {schedule}: must be a constant in [0, 1], or START,SLOPE,MAX")
 
 
 # ---- LoRA: theta, old, EMA and reference share one frozen base ---------------------------------
@@ -358,8 +349,7 @@ class LoRA:
 # fp32 and the denoiser runs under autocast.
 # In fp32: the adapters (cast where a layer uses them), their gradients, AdamW; x_0, x_t, and the
 # denoiser's outputs from `predict` on; the loss, r, and what rewards return.
-# fp16 has no gradients below 6e-8. So the GradScaler multiplies the loss before backward(), divides
-# the gradients before they are clipped, and makes no step where one overflowed (`optimize`).
+# fp16 has no gradients below 6e-8: so `optimize` scales the loss, and steps where none overflowed.
 def pick_device(config):
     """The device of --device, and the dtype of the frozen base. Raises UserError."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
@@ -431,18 +421,16 @@ def is_flow(scheduler):
 
 
 def pick_solver(name, scheduler):
-    """The solver of this name, for the forward process of `scheduler`. Raises UserError."""
+    """The solver of this name, for the forward process of `scheduler`."""
     import diffusers
 
     solver = getattr(diffusers, SOLVERS[name])
     options = {"clip_sample": False}
     if name in ("dpm2", "dpm2-sde"):
-        options["algorithm_type"] = "dpmsolver++" if name == "dpm2" else "sde-dpmsolver++"
+        kind = "dpmsolver++" if name == "dpm2" else "sde-dpmsolver++"
         # From the last time on, where the noise is pure, whatever the model's own solver does.
-        options["timestep_spacing"] = "trailing"
+        options |= dict(algorithm_type=kind, timestep_spacing="trailing")
     if is_flow(scheduler):
-        if name in ("ddim", "ddpm", "euler-a"):
-            raise UserError(f"--solver {name}: must be one that knows flow models; try dpm2")
         solver = getattr(diffusers, f"FlowMatch{SOLVERS[name]}", solver)
         shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
         options |= dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
@@ -481,11 +469,9 @@ class Model:
         if config.solver:
             self.pipe.scheduler = pick_solver(config.solver, scheduler)
         self.eval_steps = config.eval_steps or config.steps
-        self.settings = {"guidance_scale": 1.0}
-        if config.resolution:
-            self.settings |= dict(height=config.resolution, width=config.resolution)
-        if config.max_sequence_length:
-            self.settings["max_sequence_length"] = config.max_sequence_length
+        size, length = config.resolution, config.max_sequence_length
+        given = dict(height=size, width=size, max_sequence_length=length, guidance_scale=1.0)
+        self.settings = {name: value for name, value in given.items() if value}
         self.shared = {}
         self.lora = LoRA(self.net, config.rank, config.seed)
         self.check_sampling()
@@ -554,9 +540,9 @@ class Model:
             rows = [x.shape[:1] for x in tree_leaves(value) if torch.is_tensor(x)]
             if x_0.shape[:1] not in rows:
                 self.shared[name] = map_tensors(torch.clone, value)
-        idle = [name for i, name in enumerate(self.lora.layers) if i not in self.lora.called]
+        idle = len(self.lora.layers) - len(self.lora.called)
         if idle:
-            say(f"{len(idle)} layers, such as {idle[0]}, are never called: they train nothing")
+            say(f"{idle} of the layers with adapters are never called: they train nothing")
         scheduler = self.pipe.scheduler
         times = torch.cat([t for _, t, _, _ in self.calls])
         if len(times) != len(scheduler.timesteps):
@@ -566,12 +552,11 @@ class Model:
         # One law: at the last step the clean sample that is read off the denoiser's output is the
         # pipeline's own, and nearer to it than what the negated output says. "not <" refuses NaN.
         alpha_t, sigma_t = self.noise_level(times)
-        x_t, _, _, out = self.calls[-1]
-        errors = []
-        for signed in (out.float(), -out.float()):
-            x0_hat, _ = predict_x0(x_t.float(), signed, alpha_t[-1], sigma_t[-1], self.prediction)
-            errors.append((x0_hat - x_0).abs().mean())
-        if not errors[0] < min(errors[1], 0.1 * x_0.abs().mean()):
+        x_t, _, _, out = map_tensors(torch.Tensor.float, self.calls[-1])
+        level = (alpha_t[-1], sigma_t[-1], self.prediction)
+        error = (predict_x0(x_t, out, *level)[0] - x_0).abs().mean()
+        negated = (predict_x0(x_t, -out, *level)[0] - x_0).abs().mean()
+        if not error < min(negated, 0.1 * x_0.abs().mean()):
             self.refuse("must give its solver the denoiser's output as flow, epsilon or v")
         # And our noise levels are the solver's in all steps: sigma_t, or sigma_t / alpha_t.
         theirs = getattr(scheduler, "sigmas", sigma_t)[: len(times)].to(self.device)
@@ -669,20 +654,15 @@ def load_rewards(spec):
     if callable(spec):
         spec = {getattr(spec, "__name__", "reward"): spec}
     if isinstance(spec, dict):
-        rewards = {k: f if isinstance(f, tuple) else (1.0, f) for k, f in spec.items()}
-    else:
-        rewards = {}
-        for part in spec.split(","):
-            name, _, weight = part.strip().partition("=")
-            try:
-                weight = float(weight or 1)
-            except ValueError:
-                weight = math.nan
-            if not math.isfinite(weight):
-                raise UserError(f"--reward {part}: must be NAME=WEIGHT, a finite number")
-            rewards[name] = (weight, load_reward(name))
-    if not any(weight for weight, _ in rewards.values()):
-        raise UserError("--reward: must have one whose weight is not 0; try jpeg")
+        return {k: f if isinstance(f, tuple) else (1.0, f) for k, f in spec.items()}
+    rewards = {}
+    for part in spec.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            weight = float(weight or 1)
+        except ValueError as error:
+            raise UserError(f"--reward {part}: must be NAME=WEIGHT, a number") from error
+        rewards[name] = (weight, load_reward(name))
     return rewards
 
 
@@ -715,24 +695,15 @@ def load_prompts(path, flag):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
     file = locate(path)
     rule = f"{flag} {path}: must be a .txt of a prompt a line, or a .jsonl of an object a line"
-    try:
-        lines = file.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{rule} ({error})") from error
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row = {"prompt": line}
-        if file.suffix == ".jsonl":
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{rule} (line {number}: {error})") from error
-        prompt = row.pop("prompt", None) if isinstance(row, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{rule} (line {number} has no prompt)")
-        prompts.append((prompt.strip(), row))
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            text = line.decode("utf-8-sig").strip()
+            if text:
+                row = json.loads(text) if file.suffix == ".jsonl" else {"prompt": text}
+                prompts.append((row.pop("prompt").strip(), row))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{rule}; mend line {number} ({error!r})") from error
     if not prompts or file.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{rule}, and not empty")
     return prompts
@@ -795,14 +766,11 @@ def say(text):
 
 
 def load_checkpoint(out):
-    """What Run.save saved in this directory, or None. UserError where it is not whole."""
+    """What Run.save saved in this directory, or None; nothing of it is executed."""
     file = Path(out) / "checkpoint.pt"
-    if not file.exists():
-        return None
-    try:
+    if file.exists():
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"--out {out}: its checkpoint.pt must be whole; begin anew") from error
+    return None
 
 
 class Run:
@@ -1026,6 +994,8 @@ def train(
                 raise UserError(f"--reward {name}: {error}; take other --prompts") from error
     # Those of weight 0 are only evaluated.
     trained = {name: reward for name, reward in rewards.items() if reward[0]}
+    if not trained:
+        raise UserError("--reward: must have one whose weight is not 0; try jpeg")
     model = make_model(config)
     run = Run(config, model)
     say(f"{len(prompts)} prompts to train on, {len(held_out)} to evaluate on")
@@ -1065,9 +1035,8 @@ def train(
 
             # Log, evaluate, save. Where r does not spread, the iteration taught nothing.
             row |= {"iteration": iteration, "images": run.rows[-1]["images"] + N}
-            row["r_std"] = r.std(correction=0).item()
-            spread = f"r 0.5 +- {row['r_std']:.3f}"
-            say(f"iteration {iteration:4d}   reward {row['reward']:.3f}, {spread}")
+            std = row["r_std"] = r.std(correction=0).item()
+            say(f"iteration {iteration:4d}   reward {row['reward']:.3f}, r 0.5 +- {std:.3f}")
             last = iteration == config.iterations
             if last or iteration % config.eval_every == 0:
                 row |= evaluate(run, rewards, held_out, iteration)
@@ -1085,7 +1054,7 @@ def train(
 def configure(**given):
     """Settings by the names of Config -> Config; a preset's, or to resume the run's own, stand
     where none are given. Raises UserError for what can be refused without a model."""
-    given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
     name = given.get("model", Config.model)
     defaults = dict(PRESETS.get(name, {}))
     if "model" in given and defaults:
@@ -1118,9 +1087,10 @@ def parse(argv=None, **settings):
     text = f"{__doc__.splitlines()[0]} In brackets the defaults, which PRESETS changes for a model."
     usage = "python nft.py [--FLAG VALUE ...]"
     parser = argparse.ArgumentParser(usage=usage, description=text, allow_abbrev=False)
-    switch = {"action": argparse.BooleanOptionalAction}
     for field in dataclasses.fields(Config):
-        kind = switch if field.type is bool else {"type": field.type}
+        kind = {"type": field.type, "choices": field.metadata.get("choices")}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         help = f"{field.metadata['help']} ({field.default!r})"
         name = "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=argparse.SUPPRESS, help=help, **kind)

@@ -4,6 +4,7 @@ Each test's docstring states a promise.
 SPDX-License-Identifier: MIT
 """
 
+import functools
 import json
 import os
 import shutil
@@ -105,6 +106,8 @@ def test_processes_do_the_work_of_one(tmp_path):
     """Two and four processes, which divide nothing evenly, agree with one within 1e-4."""
     (tmp_path / "p.txt").write_text("\n".join([*common.TEXTS, "a cat", "a dog"]))
     changes = {"groups": 3, "group_size": 5, "batch_size": 3, "eval_prompts": tmp_path / "p.txt"}
+    # The default run's. AdamW turns the rounding of a gradient near 0 into a part of the rate.
+    changes["lr"] = 2e-3
     run("sd15", tmp_path / "1", **changes)
     for n in (2, 4):
         words = common.command_line("sd15", out=tmp_path / str(n), **changes)
@@ -209,7 +212,7 @@ def test_a_reward_s_file_hides_no_package(tmp_path):
     assert "reward_json" in sys.modules
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}', '{"prompt": 3}', '{"prompt": " "}'])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"text": "a"}', '{"prompt": 3}'])
 def test_a_broken_line_is_named(tmp_path, line):
     """A line of a .jsonl that is no object with a prompt is refused by its number."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n' + line + "\n")
@@ -259,17 +262,22 @@ def test_missing_weights_are_told(tmp_path):
     assert "torchvision" not in done.stderr
 
 
-@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
-def test_a_pipeline_that_breaks_the_law_is_refused(tmp_path, prediction):
+def test_a_pipeline_that_breaks_the_law_is_refused(tmp_path, monkeypatch):
     """Where x_0 is not what the denoiser's output says, nothing is trained."""
     root()
-    folder = common.copy_of("sd15", tmp_path / "sd15", prediction_type=prediction)
-    model = new_model(str(folder)) if prediction == "v_prediction" else None
-    if model is None:
-        with pytest.raises(nft.UserError, match="flow, epsilon or v"):
-            new_model(str(folder))
-        return
-    model.prediction = "epsilon"
+    folder = common.copy_of("sd15", tmp_path / "sd15", prediction_type="sample")
+    with pytest.raises(nft.UserError, match="flow, epsilon or v"):
+        new_model(str(folder))
+    model = new_model("sd3")
+    solver = type(model.pipe.scheduler)
+    step = solver.step
+
+    @functools.wraps(step)
+    def negated(self, out, *args, **kwargs):
+        return step(self, -out, *args, **kwargs)
+
+    # As a pipeline does whose denoiser's output is x_0 - eps.
+    monkeypatch.setattr(solver, "step", negated)
     with pytest.raises(nft.UserError, match="flow, epsilon or v"):
         model.check_sampling()
 
