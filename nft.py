@@ -129,7 +129,8 @@ class Config:
                 name = field.name.replace("_", "-")
                 raise UserError(f"--{name} {value}: must be {low} or more; try {field.default}")
         if max(self.updates, WORLD) > self.groups * self.group_size:
-            raise UserError(f"--updates {self.updates}: images must be as many, and as processes")
+            rule = "must be at most the images, as processes must; add --groups"
+            raise UserError(f"--updates {self.updates}: {rule}")
         soft_update_decay(1, self.eta)
 
 
