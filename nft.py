@@ -96,7 +96,9 @@ class Config:
     iterations: int = flag(100, "iterations i of Algorithm 1", low=1)
     groups: int = flag(16, "prompts an iteration", low=1)
     group_size: int = flag(12, "images a prompt, K", low=2)
-    batch_size: int = flag(4, "images in a training pass; four times as many are painted", low=1)
+    batch_size: int = flag(
+        4, "pairs of an image and t in a training pass; paints 4x as many", low=1
+    )
     updates: int = flag(1, "optimizer steps an iteration: each takes its part of the images", low=1)
     train_times: int = flag(2, "noise levels t an image, at most those of the sampler", low=1)
     lr: float = flag(3e-4, "learning rate of AdamW", low=1e-9)
@@ -110,7 +112,7 @@ class Config:
     solver: str = flag("", f"{', '.join(SOLVERS)}; or empty", choices=("", *SOLVERS))
     steps: int = flag(10, "sampling steps of the rollouts", low=1)
     eval_steps: int = flag(0, "of evaluation, whose times are trained; 0: as --steps", low=0)
-    guidance: float = flag(1.0, "guidance scale of the rollout; 1 is none, as in the paper", low=1)
+    guidance: float = flag(1.0, "guidance scale of sampling; 1 is none, as in the paper", low=1)
     resolution: int = flag(0, "height and width in pixels; 0: the pipeline's own", low=0)
     max_sequence_length: int = flag(0, "text tokens, if a pipeline takes it; 0: its own", low=0)
     # Hardware and the rest
@@ -234,10 +236,12 @@ def optimality_reward(raw, groups, z=5.0):
         raise ValueError("a reward is not finite")
     groups = torch.as_tensor(groups, device=raw.device)
     _, groups, sizes = groups.unique(return_inverse=True, return_counts=True)
-    # Line 4 takes off the mean of a prompt's images; line 5 scales, clips, moves to [0, 1].
+    # Line 4 takes off the mean of a prompt's images.
     mean = raw.new_zeros(len(sizes)).index_add(0, groups, raw) / sizes
+    r_norm = raw - mean[groups]
+    # Line 5 scales, clips, moves to [0, 1].
     Z_c = z * (raw.std(correction=0) + 1e-4)
-    return (0.5 + 0.5 * ((raw - mean[groups]) / Z_c).clamp(-1, 1)).float()
+    return (0.5 + 0.5 * (r_norm / Z_c).clamp(-1, 1)).float()
 
 
 def adaptive_loss(x0_hat, x_0):
@@ -280,12 +284,16 @@ def soft_update_decay(i, schedule="0,0.001,0.5"):
     min(max(SLOPE (i - START), 0), MAX). The released code's for OCR, which counts optimizer steps,
     two an iteration, is 37.5,0.015,0.999. Raises UserError for what is no schedule.
     """
-    numbers = [float(number) for number in str(schedule).split(",")]
+    try:
+        numbers = [float(number) for number in str(schedule).split(",")]
+    except ValueError:
+        numbers = []
     if len(numbers) == 1 and 0 <= numbers[0] <= 1:
         return numbers[0]
-    if len(numbers) == 3 and numbers[1] >= 0 and 0 <= numbers[2] <= 1:
+    if len(numbers) == 3 and all(map(math.isfinite, numbers)):
         start, slope, maximum = numbers
-        return min(max(slope * (i - start), 0.0), maximum)
+        if slope >= 0 and 0 <= maximum <= 1:
+            return min(max(slope * (i - start), 0.0), maximum)
     raise UserError(f"--eta {schedule}: must be a constant in [0, 1], or START,SLOPE,MAX")
 
 
@@ -345,7 +353,7 @@ class LoRA:
 
 
 # ---- Mixed precision ---------------------------------------------------------------------------
-# In half precision: the frozen base (denoiser, text encoders, VAE) and all that flows through it;
+# In half, on a GPU: the frozen base (denoiser, text encoders, VAE) and all that flows through it;
 # bf16 where the GPU has it, else fp16. Departs from the released code, where base and VAE stay in
 # fp32 and the denoiser runs under autocast.
 # In fp32: the adapters (cast where a layer uses them), their gradients, AdamW; x_0, x_t, and the
@@ -358,12 +366,13 @@ def pick_device(config):
         device = torch.empty(0, device=config.device.replace("auto", automatic)).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device}: must be usable here; try auto") from error
-    dtype = PRECISIONS.get(config.precision, torch.float32)
-    if config.precision == "auto" and device.type == "cuda":
-        # T4 and V100 only emulate bf16.
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.bfloat16 if native else torch.float16
-    return device, dtype
+    if config.precision != "auto":
+        return device, PRECISIONS[config.precision]
+    if device.type != "cuda":
+        return device, torch.float32
+    # T4 and V100 only emulate bf16.
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if native else torch.float16
 
 
 # ---- The pipeline: sampler, denoiser and forward process ---------------------------------------
@@ -643,11 +652,11 @@ def load_reward(name):
     if function is None:
         path, _, attribute = name.rpartition(":")
         file = locate(path or f"examples/rewards/{name}.py").resolve()
-        function = getattr(load_file(file), attribute if path else "reward", None)
+        if file.suffix == ".py":
+            function = getattr(load_file(file), attribute if path else "reward", None)
     if function is None:
         raise UserError(f"--reward {name}: must be a function of {file.name}; correct it")
-    # One without arguments loads a model, and returns the reward.
-    return function if inspect.signature(function).parameters else function()
+    return function
 
 
 def load_rewards(spec):
@@ -655,15 +664,20 @@ def load_rewards(spec):
     if callable(spec):
         spec = {getattr(spec, "__name__", "reward"): spec}
     if isinstance(spec, dict):
-        return {k: f if isinstance(f, tuple) else (1.0, f) for k, f in spec.items()}
-    rewards = {}
-    for part in spec.split(","):
-        name, _, weight = part.strip().partition("=")
-        try:
-            weight = float(weight or 1)
-        except ValueError as error:
-            raise UserError(f"--reward {part}: must be NAME=WEIGHT, a number") from error
-        rewards[name] = (weight, load_reward(name))
+        rewards = {k: f if isinstance(f, tuple) else (1.0, f) for k, f in spec.items()}
+    else:
+        rewards = {}
+        for part in spec.split(","):
+            name, _, weight = part.strip().partition("=")
+            try:
+                weight = float(weight or 1)
+            except ValueError as error:
+                raise UserError(f"--reward {part}: must be NAME=WEIGHT, a number") from error
+            rewards[name] = (weight, load_reward(name))
+    for name, (weight, function) in rewards.items():
+        # One without arguments loads a model, and returns the reward.
+        if not inspect.signature(function).parameters:
+            rewards[name] = (weight, function())
     return rewards
 
 
@@ -785,11 +799,15 @@ class Run:
         self.optimizer = torch.optim.AdamW(theta, betas=(0.9, 0.999), weight_decay=1e-4)
         half = model.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
-        # It has a scale from its first use on, and a process may have no pair in a step.
+        # GradScaler makes its scale at first use, and a process may have no pair in a step.
         self.scaler.scale(torch.zeros((), device=model.device))
         state = load_checkpoint(self.dir)
+        if state and not config.resume:
+            raise UserError(f"--out {self.dir}: holds a run; add --resume, or take another one")
         if state:
-            map_tensors(lambda x, y: x.data.copy_(y), model.lora.adapters, state["lora"])
+            for name, adapter in state["lora"].items():
+                for x, saved in zip(model.lora.adapters[name], adapter, strict=True):
+                    x.data.copy_(saved)
             self.optimizer.load_state_dict(state["optimizer"])
             self.rows = state["rows"]
         # Empty where the run was not in fp16.
@@ -937,6 +955,7 @@ def optimize(run, D, iteration, losses=pair_losses):
     mine = share(config.groups * config.group_size)
     drawn = draw_pairs(config, run.model.times, iteration)
     sums = torch.zeros(3, dtype=torch.float64)
+    row = {"grad_norm": 0.0}
     # Line 8; the loop ends with line 13.
     for step, (index, t) in enumerate(drawn, (iteration - 1) * config.updates + 1):
         for x in theta:
@@ -962,16 +981,18 @@ def optimize(run, D, iteration, losses=pair_losses):
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(theta, 0.2).item()
         # In fp16 the scaler skips such a step, and halves its scale: no remedy once that is 1.
-        if not math.isfinite(norm) and run.scaler.get_scale() <= 1:
+        if math.isfinite(norm):
+            row["grad_norm"] = norm
+        elif run.scaler.get_scale() <= 1:
             raise FloatingPointError("the gradient is not finite; try a smaller --lr")
+        # Line 12: the gradient step.
         run.scaler.step(run.optimizer)
         run.scaler.update()
         # Departs from Algorithm 1, as the released code: an EMA is evaluated and saved, from which
         # the base has nearly gone after ten steps.
         lora.average("ema", min((1 + step) / (10 + step), config.ema))
     averages = sum(gather(sums / sum(len(index) for index, _ in drawn))).tolist()
-    row = dict(zip(("loss", "kl", "old_deviation"), averages, strict=True))
-    return row | {"grad_norm": norm}
+    return row | dict(zip(("loss", "kl", "old_deviation"), averages, strict=True))
 
 
 def train(
@@ -1062,11 +1083,9 @@ def configure(**given):
         given["model"] = defaults["model"]
     if given.get("resume") and not given.get("out"):
         raise UserError("--resume: must name the run; add --out DIR")
-    run = load_checkpoint(given["out"]) if given.get("out") else None
-    if run and not given.get("resume"):
-        raise UserError(f"--out {given['out']}: holds a run; add --resume, or take another one")
-    if run:
-        defaults = run["config"]
+    saved = load_checkpoint(given["out"]) if given.get("resume") else None
+    if saved:
+        defaults = saved["config"]
         for fixed in ("model", "rank"):
             if given.get(fixed, defaults[fixed]) != defaults[fixed]:
                 rule = f"must stay {defaults[fixed]} in this run; leave it out"
@@ -1105,13 +1124,16 @@ def main(argv=None, settings=None, **parts):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         # Scores are gathered on the CPU, gradients on the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    config = None
     try:
         config = parse(argv, **(settings or {}))
         train(config, **parts)
     except UserError as error:
-        print("nft.py:", *str(error).split(), file=sys.stderr)
+        print("nft.py:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     except (Exception, KeyboardInterrupt) as error:
+        if config is None:
+            raise
         interrupted = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if interrupted else str(error)
         if not interrupted and not isinstance(error, FloatingPointError):
