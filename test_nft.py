@@ -152,7 +152,7 @@ def test_eta_schedules():
         assert nft.soft_update_decay(i, "37.5,0.015,0.999") == pytest.approx(released)
     for constant in ("0", "0.9", "1", 0.3):
         assert nft.soft_update_decay(10**6, constant) == float(constant)
-    for bad in ("1.5", "nan", "0,1", "0,-1,0.5"):
+    for bad in ("1.5", "nan", "x", "0,1", "0,-1,0.5", "nan,1,0.5"):
         with pytest.raises(ValueError, match="START,SLOPE,MAX"):
             nft.soft_update_decay(1, bad)
 
@@ -493,7 +493,7 @@ def test_ctrl_c_and_failures_of_a_reward(tmp_path, capsys, how):
 
 # ---- Flags, presets, rewards and prompts ---------------------------------------------------------
 # examples/tests/test_refusals.py has more.
-BAD = "model=no/such reward=no-such-reward reward=jpeg=x reward=jpeg=0 eta=1.5 \
+BAD = "model=no/such reward=no-such-reward reward=jpeg=x reward=jpeg=0 eta=1.5 eta=abc \
     prompts=none.txt eval-prompts=none.txt lr=nan group-size=1 updates=7 \
     resolution=30 device=gpu9"
 

@@ -280,9 +280,10 @@ def test_run_of_each_method(method, tmp_path):
     # B started at 0.
     assert lora["theta"][1].abs().max() > 1e-3
     assert torch.equal(lora["theta"][1], lora["old"][1])
-    run(method, tmp_path / "parts", iterations=1, eval_every=9)
-    again = run(method, tmp_path / "parts", resume=True)
-    assert again[2] == rows[2]
+    if method in ("rft", "flowgrpo"):
+        run(method, tmp_path / "parts", iterations=1, eval_every=9)
+        again = run(method, tmp_path / "parts", resume=True)
+        assert again[2] == rows[2]
 
 
 def test_flags(tmp_path, capsys):

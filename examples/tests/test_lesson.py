@@ -196,7 +196,8 @@ assert max(watched) > watched[0] + 0.05
 assert watched[-1] < max(watched) - 0.2
 assert share_right() > before + 0.1
 """
-SHORTER = {'"iterations": 8': '"iterations": 1', "iterations=14": "iterations=2", "128": "16"}
+SHORTER = {"toy.flow_matching)": "toy.flow_matching, steps=800)", "eq_5)": "eq_5, steps=500)"}
+SHORTER |= {'"iterations": 8': '"iterations": 1', "iterations=14": "iterations=2", "128": "16"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nbclient") is None, reason="needs nbclient")

@@ -46,10 +46,8 @@ def test_kill_9_and_resume(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     last = checkpoint(tmp_path / "run")["rows"][-1]["iteration"] + 2
-    for out, changes in (("run", {"resume": True}), ("whole", {})):
-        words = common.command_line("sd15", out=tmp_path / out, iterations=last, **changes)
-        done = start(words)
-        assert done.returncode == 0, done.stderr
+    run("sd15", tmp_path / "run", iterations=last, resume=True)
+    run("sd15", tmp_path / "whole", iterations=last)
     assert metrics(tmp_path / "run", "seconds") == metrics(tmp_path / "whole", "seconds")
     equal(tmp_path / "run", tmp_path / "whole")
 
@@ -85,6 +83,14 @@ def test_flags_given_win(tmp_path, capsys):
         assert "must stay" in capsys.readouterr().err
 
 
+def test_settings_are_used_once(tmp_path):
+    """The same settings once more would train nothing: the directory's run is kept, and named."""
+    config = nft.configure(out=tmp_path / "run", **settings("sd15", iterations=1))
+    nft.train(config)
+    with pytest.raises(nft.UserError, match="holds a run"):
+        nft.train(config)
+
+
 def test_a_function_must_be_given_again(tmp_path):
     """A reward that is no text is in no checkpoint."""
     train("sd15", tmp_path / "run", reward=red, iterations=1)
@@ -107,13 +113,13 @@ def test_processes_do_the_work_of_one(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join([*common.TEXTS, "a cat", "a dog"]))
     changes = {"groups": 3, "group_size": 5, "batch_size": 3, "eval_prompts": tmp_path / "p.txt"}
     # The default run's. AdamW turns the rounding of a gradient near 0 into a part of the rate.
-    changes["lr"] = 2e-3
+    changes |= {"lr": 2e-3, "iterations": 1}
     run("sd15", tmp_path / "1", **changes)
     for n in (2, 4):
         words = common.command_line("sd15", out=tmp_path / str(n), **changes)
         done = start(words, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("iteration    1") == 1
+        assert done.stdout.count("iteration    1   reward") == 1
         rows = zip(metrics(tmp_path / str(n), "seconds"), metrics(tmp_path / "1"), strict=True)
         for row, other in rows:
             other.pop("seconds")
