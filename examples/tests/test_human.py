@@ -1,21 +1,14 @@
 """What a person clicks is what a run trains on, nothing that was clicked is lost, and nobody else
-gets in.
-
-They talk to the page's server as the page does. Each test's docstring states a law.
+gets in. An automatic person talks to the server as the page does.
 SPDX-License-Identifier: MIT
 """
 
-import contextlib
-import http.client
 import io
 import json
-import os
-import signal
-import sys
-import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import common
 import human
@@ -27,378 +20,231 @@ from PIL import Image
 import nft
 
 PROMPTS = ["a red circle", "<b>two</b> & 'blue' squares", "a green cross", "a sea"]
-# Seconds after which something that should happen has not.
-PATIENCE = 60
+R = {1: 1, 0: 0, None: 0.5}
 
 
-def pictures(n=4, side=16):
-    """n PIL pictures, each of one grey."""
-    return [Image.new("RGB", (side, side), (40 * i, 40 * i, 40 * i)) for i in range(n)]
+def images(side=16):
+    """Four pictures, each of one grey."""
+    return torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, side, side)
 
 
-def until(condition):
-    """Wait until condition() is true, and return it."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
-
-
-class Asked:
-    """A question to a Person in a thread of its own; `answer()` waits for what it returns."""
-
-    def __init__(self, person, shown, prompts=PROMPTS):
-        self.returned = []
-        self.thread = threading.Thread(target=self.ask, args=(person, shown, prompts), daemon=True)
-        self.thread.start()
-
-    def ask(self, person, shown, prompts):
-        self.returned.append(person.ask(shown, prompts))
-
-    def answer(self):
-        self.thread.join(PATIENCE)
-        (returned,) = self.returned
-        return returned
-
-
-@pytest.fixture
-def person(tmp_path):
-    """A new person, whose answers go to answers.jsonl."""
-    made = human.Person()
-    made.open(tmp_path / "answers.jsonl")
-    yield made
-    made.close()
-
-
-def asked(person, shown=None):
-    """(the question, the keys in the page's order), once it waits."""
-    question = Asked(person, shown or pictures())
-    until(lambda: person.waiting and person.server)
-    return question, list(person.waiting)
-
-
-def fetch(person, name, body=None, **headers):
+def get(url):
     """What the server answers: bytes. Raises urllib.error.HTTPError."""
-    data = None
-    if body is not None:
-        headers = {"Content-Type": "application/json"} | headers
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    url = name if name.startswith("http") else person.address() + name
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=5) as reply:
+    with urllib.request.urlopen(url, timeout=5) as reply:
         return reply.read()
 
 
-def status(person, name, body=None, **headers):
-    """The status that the server answers with."""
-    try:
-        fetch(person, name, body, **headers)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
-    return 200
+def post(address, **said):
+    """Say this to the page's server; the state that it answers with."""
+    return json.loads(get(urllib.request.Request(address, json.dumps(said).encode())))
 
 
-def lines(person):
-    """The answers on the disk: [(key, r)]."""
-    rows = map(json.loads, person.file.read_text().split())
-    return [(row["key"], row["r"]) for row in rows]
+def keys(address):
+    """The keys of the pictures that wait, in the page's order."""
+    return [image["key"] for image in post(address)["images"]]
 
 
-# ---- The protocol --------------------------------------------------------------------------------
-def test_r_is_as_clicked(person):
-    """Good is 1, bad 0, unmarked 1/2; the last mark holds, and each is on the disk at once."""
-    question, keys = asked(person)
-    for key, r in ((keys[0], 0), (keys[0], 1), (keys[1], 0), (keys[3], 1), (keys[3], None)):
-        state = json.loads(fetch(person, "mark", {"key": key, "r": r}))
-        (image,) = (image for image in state["images"] if image["key"] == key)
-        assert image["r"] == r
-        assert json.loads(person.file.read_text().splitlines()[-1])["r"] == r
-    fetch(person, "done", {"page": state["page"]})
-    assert question.answer() == [1, 0, 0.5, 0.5]
-    assert human.read_answers(person.file) == dict(zip(keys, [1, 0, 0.5, 0.5], strict=True))
-    assert json.loads(fetch(person, "state"))["images"] == []
-
-
-def test_state_and_pictures(person):
-    """The page is told prompts and marks in the batch's order, and gets the very pixels."""
-    _, keys = asked(person)
-    state = json.loads(fetch(person, "state"))
-    assert [image["prompt"] for image in state["images"]] == PROMPTS
-    assert [image["key"] for image in state["images"]] == keys
-    for key, picture in zip(keys, pictures(), strict=True):
-        found = Image.open(io.BytesIO(fetch(person, f"{key}.png")))
-        assert np.array_equal(found, picture)
-
-
-def test_only_what_is_open_is_asked(person):
-    """Another process with the same file asks about what has no answer, and no more.
-
-    A line that was cut off, as by a kill, spoils neither those before nor those after it.
-    """
-    _, keys = asked(person)
-    fetch(person, "mark", {"key": keys[1], "r": 0})
-    fetch(person, "mark", {"key": keys[2], "r": 1})
-    with person.file.open("ab") as file:
-        file.write(b'\n{"key": "' + keys[3].encode())
-    other = human.Person()
-    other.open(person.file)
-    with contextlib.closing(other):
-        question, again = asked(other)
-        assert again == [keys[0], keys[3]]
-        fetch(other, "mark", {"key": keys[3], "r": 1})
-        fetch(other, "done", {"page": 1})
-        assert question.answer() == [0.5, 0, 1, 1]
-        known = dict(zip(keys, [0.5, 0, 1, 1], strict=True))
-        assert human.read_answers(person.file) == known
-        # So nobody is asked.
-        other.open(person.file)
-        assert other.ask(pictures(), PROMPTS) == [0.5, 0, 1, 1]
-        assert other.page == 1
-
-
-def test_key_is_of_pixels_and_prompt(person):
-    """Equal pictures with one prompt are one question; another prompt, size or pixel is another."""
-    one, two, *_ = pictures()
-    wide = Image.new("RGB", (32, 8), (0, 0, 0))
-    shown = [one, one.copy(), one, two, wide]
-    question = Asked(person, shown, ["sea", "sea", "sky", "sea", "sea"])
-    until(lambda: person.waiting)
-    assert len(person.waiting) == 4
-    first = next(iter(person.waiting))
-    fetch(person, "mark", {"key": first, "r": 1})
-    fetch(person, "done", {"page": 1})
-    assert question.answer() == [1, 1, 0.5, 0.5, 0.5]
-
-
-def test_an_old_tab_ends_no_new_page(person):
-    """Done with one page, clicked twice, is not done with the next; nor does a late mark count."""
-    question, keys = asked(person)
-    fetch(person, "done", {"page": 1})
-    question.answer()
-    assert status(person, "done", {"page": 1}) == 409
-    second, _ = asked(person, pictures(side=8))
-    assert status(person, "done", {"page": 1}) == 409
-    assert status(person, "mark", {"key": keys[0], "r": 1}) == 409
-    assert person.answers[keys[0]] == 0.5
-    fetch(person, "done", {"page": 2})
-    assert second.answer() == [0.5] * 4
-
-
-# {address}: that of the page; {key}: of a picture that waits.
-STRANGE = {
-    "no token": ("http://127.0.0.1:{port}/", None, {}, 404),
-    "another token": ("http://127.0.0.1:{port}/{other}/state", None, {}, 404),
-    "a file": ("../../../../etc/passwd", None, {}, 404),
-    "an unknown picture": ("0000.png", None, {}, 404),
-    "another site's name": ("state", None, {"Host": "evil.example"}, 404),
-    "another site, to mark": ("mark", {"key": "{key}", "r": 1}, {"Host": "evil.example"}, 404),
-    "another action": ("stop", {"page": 1}, {}, 404),
-    "a form": ("mark", b"key=1", {"Content-Type": "text/plain"}, 415),
-    "two": ("mark", {"key": "{key}", "r": 2}, {}, 409),
-}
-
-
-@pytest.mark.parametrize("case", STRANGE)
-def test_nothing_else_is_served(person, case, capsys):
-    """What is not the page, its pictures or a well-formed mark is refused, and changes nothing."""
-    _, keys = asked(person)
-    name, body, headers, expected = STRANGE[case]
-    names = {"port": person.server.server_port, "token": person.server.token, "other": "x" * 22}
-    if isinstance(body, dict) and body.get("key") == "{key}":
-        body = body | {"key": keys[0]}
-    assert status(person, name.format(**names), body, **headers) == expected
-    assert not person.answers
-    assert len(person.waiting) == 4
-    assert not person.file.exists()
-    said = capsys.readouterr()
-    assert "failed" not in said.out
-    assert said.err == ""
-    # It goes on.
-    assert status(person, "state") == 200
-
-
-def test_page_is_private(person):
-    """The server listens on this machine alone, tokens are long and new, no other site is used."""
-    asked(person)
-    assert person.server.server_address[0] == "127.0.0.1"
-    assert len(person.server.token) >= 22
-    other = human.Person()
-    with contextlib.closing(other):
-        assert other.address().split("/")[3] != person.server.token
-    with urllib.request.urlopen(person.address(), timeout=5) as reply:
-        policy = reply.headers["Content-Security-Policy"]
-        page = reply.read().decode()
-    assert "default-src 'self'" in policy
-    assert "http" not in policy
-    assert "http" not in page
-    # Prompts are other people's text.
-    assert "innerHTML" not in page
-
-
-def test_a_mark_that_the_disk_refuses_does_not_count(person, capsys):
-    """Where an answer cannot be kept the page is not told that it was."""
-    _, keys = asked(person)
-    person.file.mkdir()
-    with pytest.raises((urllib.error.URLError, http.client.HTTPException, ConnectionError)):
-        fetch(person, "mark", {"key": keys[0], "r": 1})
-    assert not person.answers
-    until(lambda: "the page failed" in capsys.readouterr().out)
-
-
-# ---- Runs ----------------------------------------------------------------------------------------
-class Clicker(threading.Thread):
-    """An automatic person, who speaks the page's protocol until the run ends.
-
-    judge(key, prompt, image) says 1, 0 or None for an image (H, W, 3) of 8 bits. `seen` are the
-    keys of all pages. With `leave` it marks that many pictures, presses Ctrl-C, and is gone.
-    """
-
-    def __init__(self, judge, leave=None):
-        super().__init__(daemon=True)
-        self.judge = judge
-        self.leave = leave
-        self.seen = []
-        self.over = False
-        self.start()
-
-    def run(self):
-        while not self.over:
-            if human.PERSON.waiting:
-                self.answer_page()
-            time.sleep(0.005)
-
-    def answer_page(self):
-        state = json.loads(fetch(human.PERSON, "state"))
-        for image in state["images"]:
-            self.seen.append(image["key"])
-            png = fetch(human.PERSON, image["key"] + ".png")
-            pixels = np.asarray(Image.open(io.BytesIO(png)))
-            r = self.judge(image["key"], image["prompt"], pixels)
-            fetch(human.PERSON, "mark", {"key": image["key"], "r": r})
-            if len(self.seen) == self.leave:
-                self.over = True
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-        if state["images"]:
-            fetch(human.PERSON, "done", {"page": state["page"]})
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_program(monkeypatch):
-    """Ctrl-C interrupts, which pytest-xdist's workers ignore, and `human` is this module: runs of
-    other tests may have dropped it."""
-    monkeypatch.setitem(sys.modules, "human", human)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def by_key(key, prompt, pixels):
+def judge(key):
     """A judgement that depends on the picture alone: good, bad or none."""
     return (1, 0, None)[int(key, 16) % 3]
 
 
-R = {1: 1, 0: 0, None: 0.5}
+class Clicker:
+    """An automatic person: marks by `judge` and is done, when the run prints the page's address.
+
+    seen: the keys of all marks. leave: after so many it presses Ctrl-C.
+    """
+
+    leave = None
+
+    def __init__(self, monkeypatch):
+        self.seen = []
+        monkeypatch.setattr(nft, "say", self.say)
+
+    def say(self, text):
+        """In the place of nft.say."""
+        if "wait for you" not in text:
+            return
+        address = text.split()[-1]
+        for key in keys(address):
+            if len(self.seen) == self.leave:
+                raise KeyboardInterrupt
+            self.seen.append(key)
+            post(address, key=key, r=judge(key))
+        assert not post(address, done=post(address)["page"])["images"]
 
 
-def run(out, judge=by_key, leave=None, status=0, more=None, **changes):
-    """Run human.py on an untrained pipeline; returns the automatic person."""
+@pytest.fixture
+def clicker(monkeypatch):
+    return Clicker(monkeypatch)
+
+
+@pytest.fixture
+def person(tmp_path):
+    made = human.Person()
+    made.open(tmp_path / "answers.jsonl")
+    return made
+
+
+@pytest.fixture
+def address(person):
+    return f"http://127.0.0.1:{person.server.server_port}/{person.server.token}/"
+
+
+@pytest.fixture
+def question(person):
+    """Four pictures that wait: the future of their rewards."""
+    with ThreadPoolExecutor() as pool:
+        future = pool.submit(person.reward, images(), PROMPTS, None)
+        while not (person.waiting or future.done()):
+            time.sleep(0.01)
+        yield future
+        # Also where a test failed.
+        person.finished.set()
+
+
+# ---- The page ------------------------------------------------------------------------------------
+def test_r_is_as_clicked(person, address, question):
+    """Good is 1, bad 0, unmarked 1/2; the last mark holds, each is in the file at once, and the run
+    waits until the person is done."""
+    a, b, _, d = keys(address)
+    for key, r in ((a, 0), (a, 1), (b, 0), (d, 1), (d, None)):
+        state = post(address, key=key, r=r)
+        assert {image["key"]: image["r"] for image in state["images"]}[key] == r
+        assert human.read_answers(person.file).get(key) == r
+    time.sleep(0.6)
+    assert not question.done()
+    assert post(address, done=1)["images"] == []
+    assert question.result(5) == [1, 0, 0.5, 0.5]
+    assert list(human.read_answers(person.file).values()) == [1, 0, 0.5, 0.5]
+
+
+def test_pictures_and_prompts(address, question):
+    """The page is told prompts in the batch's order, and gets the very pixels."""
+    state = post(address)
+    assert [image["prompt"] for image in state["images"]] == PROMPTS
+    for image, sent in zip(state["images"], images(), strict=True):
+        found = Image.open(io.BytesIO(get(address + image["key"])))
+        assert np.array_equal(found, nft.to_pil(sent))
+
+
+def test_a_cut_off_line_spoils_no_other(person, address, question):
+    """Another process knows all answers of the file, also those before and after a line that was
+    cut off, as by a kill."""
+    a, b, *_ = keys(address)
+    post(address, key=a, r=1)
+    with person.file.open("a") as file:
+        file.write('\n{"key": "')
+    post(address, key=b, r=0)
+    other = human.Person()
+    other.open(person.file)
+    assert other.answers == {a: 1, b: 0}
+
+
+def test_key_is_of_pixels_and_prompt(person, clicker):
+    """Equal pictures with one prompt are one question; another prompt or pixel is another."""
+    one, two, *_ = images()
+    person.reward(torch.stack([one, one, one, two]), ["sea", "sea", "sky", "sea"], None)
+    assert len(set(clicker.seen)) == len(clicker.seen) == 3
+
+
+def test_an_old_tab_ends_no_new_page(person, address, question, monkeypatch):
+    """Done with one page, clicked twice, is not done with the next; nor does a late mark count."""
+    old = keys(address)
+    post(address, done=1)
+    question.result(5)
+
+    def visit(text):
+        post(address, key=old[0], r=1)
+        assert len(post(address, done=1)["images"]) == 4
+        post(address, done=2)
+
+    monkeypatch.setattr(nft, "say", visit)
+    person.reward(images(side=8), PROMPTS, None)
+    assert list(person.answers.values()) == [0.5] * 8
+
+
+def test_nobody_else_gets_in(person, address, question):
+    """Without the token nothing is served, and nothing taken; with it no file is."""
+    (key, *_) = keys(address)
+    strange = address.replace(person.server.token, "x" * 22)
+    requests = [strange, strange + key, f"{address}../../etc/passwd", address + "0000"]
+    for request in [*requests, urllib.request.Request(strange, b"{}")]:
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(request)
+
+
+def test_the_page_is_of_this_machine(person, address):
+    """The server listens on this machine alone, tokens are long and new, no other site is used."""
+    assert person.server.server_address[0] == "127.0.0.1"
+    assert len(person.server.token) >= 22
+    assert person.server.token != human.Person().server.token
+    assert "http" not in get(address).decode()
+
+
+def test_a_mark_that_the_disk_refuses_does_not_count(person, address, question):
+    """Where an answer cannot be kept the page is not told that it was."""
+    person.file.mkdir()
+    with pytest.raises(OSError):
+        post(address, key=keys(address)[0], r=1)
+    assert not person.answers
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+def run(out, status=0, **changes):
+    """Run human.py on an untrained pipeline; returns its rows."""
     words = common.command_line("sd15", out=out, **({"reward": None} | changes))
-    clicker = Clicker(judge, leave)
-    try:
-        assert human.main(words, **(more or {})) == status
-    finally:
-        clicker.over = True
-        clicker.join(PATIENCE)
-    assert human.PERSON.server is None
-    return clicker
+    assert human.main(words) == status
+    return common.metrics(out, "seconds")
 
 
-WATCH = {"reward": "jpeg"}
-
-
-def test_a_run_trains_on_what_was_clicked(tmp_path):
+def test_a_run_trains_on_what_was_clicked(tmp_path, clicker):
     """r of each image is the click itself; with --reward nobody is asked at evaluation, whose
     reward is then that one."""
-    given = []
-
-    def weigh(raw, groups, z):
-        given.append(human.weigh(raw, groups, z))
-        return given[-1]
-
-    clicker = run(tmp_path / "run", more={"weigh": weigh}, **WATCH)
-    # Two iterations of six images, batch by batch.
-    assert len(clicker.seen) == 12
-    expected = torch.tensor([R[by_key(key, "", None)] for key in clicker.seen])
-    assert torch.equal(torch.cat(given), expected)
-    rows = common.metrics(tmp_path / "run")
-    for row, r in zip(rows[1:], expected.view(2, 6), strict=True):
+    rows = run(tmp_path, reward="jpeg")
+    # Two iterations of six images.
+    expected = torch.tensor([R[judge(key)] for key in clicker.seen]).view(2, 6)
+    for row, r in zip(rows[1:], expected, strict=True):
         assert row["reward"] == pytest.approx(r.mean().item())
         assert row["r_std"] == pytest.approx(r.std(correction=0).item())
     assert rows[0]["eval_reward"] == rows[0]["eval_reward/jpeg"] < 0
     assert "eval_reward/human" not in rows[0]
-    assert set(human.read_answers(tmp_path / "run/answers.jsonl")) == set(clicker.seen)
+    assert set(human.read_answers(tmp_path / "answers.jsonl")) == set(clicker.seen)
 
 
-def test_evaluation_asks_without_another_reward(tmp_path):
+def test_evaluation_asks_without_another_reward(tmp_path, clicker):
     """Without --reward the held-out reward is the person's, before training and at its end."""
-    clicker = run(tmp_path / "run", iterations=1)
-    rows = common.metrics(tmp_path / "run")
+    rows = run(tmp_path, iterations=1)
     held_out = len(common.TEXTS)
     assert len(clicker.seen) == 6 + 2 * held_out
-    said = [R[by_key(key, "", None)] for key in clicker.seen[:held_out]]
+    said = [R[judge(key)] for key in clicker.seen[:held_out]]
     assert rows[0]["eval_reward"] == pytest.approx(sum(said) / held_out)
 
 
-def test_interrupted_and_resumed(tmp_path, capsys):
-    """Ctrl-C amid a page ends with 130; --resume asks only what is open, and gets to the same end.
-
-    It comes at picture 8, the second of iteration 2. What the person left unmarked is open, too.
-    """
-    whole = run(tmp_path / "whole", **WATCH)
-    before = run(tmp_path / "run", leave=8, status=130, **WATCH)
-    said = capsys.readouterr().err
-    assert f"--out {tmp_path}/run --resume" in said.splitlines()[-1]
-    assert "Traceback" not in said
-    clicker = Clicker(by_key)
-    try:
-        assert human.main([f"--out={tmp_path}/run", "--resume", "--reward=jpeg"]) == 0
-    finally:
-        clicker.over = True
-        clicker.join(PATIENCE)
-    known = {key for key in before.seen if by_key(key, "", None) is not None}
-    unmarked_page = [key for key in before.seen[6:] if key not in known]
-    assert clicker.seen == unmarked_page + whole.seen[8:]
-    expected = common.metrics(tmp_path / "whole", "seconds")
-    assert common.metrics(tmp_path / "run", "seconds") == expected
-    ours = common.checkpoint(tmp_path / "run")["lora"]["theta"]
-    theirs = common.checkpoint(tmp_path / "whole")["lora"]["theta"]
-    for x, y in zip(ours, theirs, strict=True):
-        assert torch.equal(x, y)
+def test_interrupted_and_resumed(tmp_path, clicker):
+    """Ctrl-C amid a page ends with 130; --resume asks what is open, and gets to the same end."""
+    whole = run(tmp_path / "whole", reward="jpeg")
+    # After 12 pictures of the whole run, and 8, two of them of iteration 2.
+    clicker.leave = 20
+    run(tmp_path / "run", status=130, reward="jpeg")
+    clicker.leave = None
+    assert human.main([f"--out={tmp_path}/run", "--resume", "--reward=jpeg"]) == 0
+    seen = clicker.seen
+    # What was left unmarked is open, too.
+    assert seen[20:] == [key for key in seen[6:8] if judge(key) is None] + seen[8:12]
+    assert common.metrics(tmp_path / "run", "seconds") == whole
 
 
-def test_as_any_reward(tmp_path, monkeypatch):
+def test_as_any_reward(tmp_path, monkeypatch, clicker):
     """`nft.py --reward human` takes the clicks as rewards; answers go to runs/answers.jsonl."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(human, "PERSON", human.Person())
-    images = torch.rand(3, 3, 8, 8)
-    clicker = Clicker(by_key)
-    with contextlib.closing(human.PERSON):
-        found = human.reward(images, PROMPTS[:3], [{}] * 3)
-        clicker.over = True
-        clicker.join(PATIENCE)
-    assert found == [R[by_key(key, "", None)] for key in clicker.seen]
-    assert set(human.read_answers(tmp_path / human.DEFAULT_FILE)) == set(clicker.seen)
+    ((_, reward),) = nft.load_rewards("human").values()
+    assert reward(images(), PROMPTS, None) == [R[judge(key)] for key in clicker.seen]
+    assert set(human.read_answers(human.DEFAULT_FILE)) == set(clicker.seen)
 
 
-def test_what_a_person_cannot(monkeypatch, capsys):
-    """A reward that does not exist, and several processes, are refused."""
-    with pytest.raises(SystemExit, match="2"):
-        human.main(["--reward=nonsense"])
-    assert "nonsense" in capsys.readouterr().err
+def test_several_processes_are_refused(person, monkeypatch):
+    """A person would keep the other processes waiting."""
     monkeypatch.setattr(nft, "WORLD", 2)
     with pytest.raises(RuntimeError, match="use one"):
-        human.ask(torch.zeros(1, 3, 8, 8), ["sea"], [{}])
+        person.reward(images(), PROMPTS, None)
