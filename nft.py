@@ -353,9 +353,9 @@ class LoRA:
 
 
 # ---- Mixed precision ---------------------------------------------------------------------------
-# In half, on a GPU: the frozen base (denoiser, text encoders, VAE) and all that flows through it;
-# bf16 where the GPU has it, else fp16. Departs from the released code, where base and VAE stay in
-# fp32 and the denoiser runs under autocast.
+# In half precision, on a GPU: the frozen base (denoiser, text encoders, VAE) and what flows through
+# it; bf16 where the GPU has it, else fp16. Departs from the released code, where base and VAE stay
+# in fp32 and the denoiser runs under autocast.
 # In fp32: the adapters (cast where a layer uses them), their gradients, AdamW; x_0, x_t, and the
 # denoiser's outputs from `predict` on; the loss, r, and what rewards return.
 # fp16 has no gradients below 6e-8: so `optimize` scales the loss, and steps where none overflowed.
@@ -710,16 +710,22 @@ def load_prompts(path, flag):
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata}) -> [(prompt, metadata)]."""
     file = locate(path)
     rule = f"{flag} {path}: must be a .txt of a prompt a line, or a .jsonl of an object a line"
+    if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
+        raise UserError(f"{rule}; convert it")
     prompts = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            text = line.decode("utf-8-sig").strip()
-            if text:
-                row = json.loads(text) if file.suffix == ".jsonl" else {"prompt": text}
-                prompts.append((row.pop("prompt").strip(), row))
+            text = line.decode("utf-8-sig")
+            row = json.loads(text) if file.suffix == ".jsonl" else {"prompt": text}
+            prompt = row.pop("prompt").strip()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{rule}; mend line {number} ({error!r})") from error
-    if not prompts or file.suffix not in (".txt", ".jsonl"):
+        if not prompt:
+            raise UserError(f"{rule}; mend line {number}, which has no prompt")
+        prompts.append((prompt, row))
+    if not prompts:
         raise UserError(f"{rule}, and not empty")
     return prompts
 
@@ -980,7 +986,7 @@ def optimize(run, D, iteration, losses=pair_losses):
         # is 0.2 for a loss without its factor of 5.
         run.scaler.unscale_(run.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(theta, 0.2).item()
-        # In fp16 the scaler skips such a step, and halves its scale: no remedy once that is 1.
+        # In fp16 the scaler skips a step that is not, and halves its scale, until that is 1.
         if math.isfinite(norm):
             row["grad_norm"] = norm
         elif run.scaler.get_scale() <= 1:
@@ -1057,8 +1063,9 @@ def train(
 
             # Log, evaluate, save. Where r does not spread, the iteration taught nothing.
             row |= {"iteration": iteration, "images": run.rows[-1]["images"] + N}
-            std = row["r_std"] = r.std(correction=0).item()
-            say(f"iteration {iteration:4d}   reward {row['reward']:.3f}, r 0.5 +- {std:.3f}")
+            row["r_std"] = r.std(correction=0).item()
+            text = f"reward {row['reward']:.3f}, r 0.5 +- {row['r_std']:.3f}"
+            say(f"iteration {iteration:4d}   {text}")
             last = iteration == config.iterations
             if last or iteration % config.eval_every == 0:
                 row |= evaluate(run, rewards, held_out, iteration)

@@ -492,9 +492,9 @@ def test_ctrl_c_and_failures_of_a_reward(tmp_path, capsys, how):
 
 
 # ---- Flags, presets, rewards and prompts ---------------------------------------------------------
-# examples/tests/test_refusals.py has more.
+# examples/tests/test_robust.py has more.
 BAD = "model=no/such reward=no-such-reward reward=jpeg=x reward=jpeg=0 eta=1.5 eta=abc \
-    prompts=none.txt eval-prompts=none.txt lr=nan group-size=1 updates=7 \
+    prompts=none.txt prompts=examples/tiny eval-prompts=none.txt lr=nan group-size=1 updates=7 \
     resolution=30 device=gpu9"
 
 

@@ -27,11 +27,11 @@ import nft
 
 def read(file):
     """[(PIL image, prompt, reward)] of a ratings.jsonl; UserError names the line at fault."""
-    file, rows = nft.locate(file), []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    rows = []
+    for number, line in enumerate(nft.locate(file).read_text("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            image = Image.open(file.parent / row["image"]).convert("RGB")
+            image = Image.open(nft.locate(file).parent / row["image"]).convert("RGB")
             prompt, reward = row["prompt"].strip(), float(row["reward"])
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise nft.UserError(f"{file}: line {number} must be a rating ({error!r})") from error
@@ -69,14 +69,14 @@ class Pool:
         self.r = nft.optimality_reward(self.raw, groups, config.z)
         silent = sum(bool((self.r[groups == g] == 0.5).all()) for g in range(len(names)))
         if self.baseline == "all":
-            self.r = nft.optimality_reward(self.raw, 0 * groups, config.z)
+            self.r = nft.optimality_reward(self.raw, torch.zeros_like(groups), config.z)
         nft.say(f"{len(images)} pictures of {len(names)} prompts, {silent} of equal ratings")
         # Passes, each in an order of its own, and enough for the last iteration.
         N = config.groups * config.group_size
         config.iterations = math.ceil(self.passes * len(images) / N)
         laps = math.ceil(config.iterations * N / len(images))
         noise = nft.generator(config.seed, "passes")
-        self.order = [i for _ in range(laps) for i in torch.randperm(len(images), generator=noise)]
+        self.order = torch.cat([torch.randperm(len(images), generator=noise) for _ in range(laps)])
         model = nft.Model(config)
         # What the denoiser is given of a prompt does not depend on the number of steps.
         model.config = dataclasses.replace(config, steps=1)
@@ -95,7 +95,7 @@ class Pool:
         if policy != "old":
             return nft.collect(model, rewards, numbered, key, policy)
         N = model.config.groups * model.config.group_size
-        self.drawn = torch.stack(self.order[(key[1] - 1) * N : key[1] * N])
+        self.drawn = self.order[(key[1] - 1) * N : key[1] * N]
         mine = self.drawn[[i for i, _, _ in numbered]]
         rows = [self.conditions[self.prompts[i]] for i in mine]
         condition = nft.map_tensors(lambda *x: torch.cat(x), *rows)

@@ -20,9 +20,6 @@ Answers are kept in DIR/answers.jsonl of `--out DIR`, a line a click, as soon as
 runs. They go by a hash of the picture's 8-bit pixels and its prompt. So a run that is resumed, and
 paints the same pictures again, asks only about those without an answer. On a GPU, or with another
 --batch-size, a picture may differ in a bit, and is then a new one.
-
-HERO (arXiv 2410.05116) learns a representation from the clicks and needs far fewer. Here nothing
-is learned that could be fooled, and each click is used in one iteration.
 SPDX-License-Identifier: MIT
 """
 
@@ -327,7 +324,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--reward")
     known, rest = parser.parse_known_args(argv)
-    others = nft.load_rewards(known.reward) if known.reward else {}
+    try:
+        others = nft.load_rewards(known.reward) if known.reward else {}
+    except nft.UserError as error:
+        parser.error(str(error))
     person = Person()
     rewards = {"human": (1.0, person.reward)}
     # With a weight of 0 they check the prompts, and train nothing.
